@@ -1,16 +1,19 @@
 """Times attention of a row on the CPU: our kernels, one call a row, against torch's flash kernel, called part by part.
 
-    python -m benchmarks.row_attention [--tokens 512 1280 4096] [--threads 1 2] [--heads 9 3 64] [--dtype float32]
+    python -m benchmarks.row_attention [--tokens 512 1280 4096] [--dtype float32] [--heads 9 3 64] [--threads 1]
 
-Forward and forward with backward of one layer, in turns in one process; the heads are SmolLM2-135M's: query heads, key
-heads, width. A row is one sequence, or a prompt of half its tokens with four branches. The figures are the shortest
-times of all rounds: others may be at work on the machine.
+Forward and backward of one layer, in turns in one process; the heads are SmolLM2-135M's: query heads, key heads,
+width. A row is one sequence, a prompt of half its tokens with four branches, or sequences of 40 tokens. The figures
+are the shortest times of all rounds: CPU time with one thread, since others may be at work on the machine, wall-clock time
+with more. Rounds of a row end after `--seconds`, but two are made: in all it takes a few minutes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,15 +26,29 @@ from trl_fast.modeling.attention.row_attention import RowAttention, RowMask
 from trl_fast.modeling.attention.tree_attention import attention_spec
 
 from .machine_info import describe_machine
-from .timing import Contender, milliseconds, race
+from .timing import milliseconds
 
 RESULTS = Path(__file__).parent / "results"
-CPU = torch.device("cpu")
 KERNELS: dict[str, type[RowAttention]] = {"ours": CompiledRowAttention, "torch": CpuRowAttention}
+SHORT = 40
+
+# Seconds of forward and of backward, a pair a round, by the name of the kernels.
+Times = dict[str, list[tuple[float, float]]]
 
 
-def contenders(trees: tuple[TreeLengths, ...], heads: list[int], dtype: torch.dtype) -> list[Contender]:
-    """Returns the contenders of a row of trees: each kind of kernels forward, and forward and backward."""
+def rows_of(tokens: int) -> dict[str, tuple[TreeLengths, ...]]:
+    """Returns the trees of each kind of row of about so many tokens."""
+    return {
+        "one sequence": ((tokens,),),
+        "four branches": ((tokens // 2, *[tokens // 8] * 4),),
+        f"sequences of {SHORT}": ((SHORT,),) * (tokens // SHORT),
+    }
+
+
+def step_of(
+    trees: tuple[TreeLengths, ...], heads: list[int], dtype: torch.dtype, clock: Callable[[], float]
+) -> Callable[[type[RowAttention]], tuple[float, float]]:
+    """Returns what makes one step of a row by some kernels and returns the seconds of forward and of backward."""
     tokens = sum(map(num_tokens, trees))
     num_heads, key_heads, width = heads
     made = [torch.randn(1, tokens, n, width, dtype=dtype) for n in (num_heads, key_heads, key_heads, num_heads)]
@@ -39,28 +56,48 @@ def contenders(trees: tuple[TreeLengths, ...], heads: list[int], dtype: torch.dt
     query, key, value, grad = (x.transpose(1, 2) for x in made)
     spec = attention_spec(query, RowMask(trees))
 
-    def forward(kernels: type[RowAttention]) -> None:
-        kernels(query, key, value, spec).forward()
+    def step(kernels: type[RowAttention]) -> tuple[float, float]:
+        start = clock()
+        out, lse = kernels(query, key, value, spec).forward()
+        between = clock()
+        kernels(query, key, value, spec).backward(grad, out, lse)
+        return between - start, clock() - between
 
-    def both(kernels: type[RowAttention]) -> None:
-        row = kernels(query, key, value, spec)
-        row.backward(grad, *row.forward())
+    return step
 
-    steps = {"forward": forward, "both": both}
-    return [
-        Contender(f"{name}, {step}", lambda run=run, kernels=kernels: run(kernels))
-        for step, run in steps.items()
-        for name, kernels in KERNELS.items()
-    ]
+
+def race(step: Callable[[type[RowAttention]], tuple[float, float]], rounds: int, seconds: float) -> Times:
+    """Times all kernels in turns, after a warm-up, until rounds or seconds are used up, but twice at least."""
+    for kernels in KERNELS.values():
+        step(kernels)
+    found: Times = {name: [] for name in KERNELS}
+    start = time.perf_counter()
+    for number in range(rounds):
+        if number >= 2 and time.perf_counter() - start > seconds:
+            break
+        for name, kernels in KERNELS.items():
+            found[name].append(step(kernels))
+    return found
+
+
+def figures_of(times: Times) -> list[str]:
+    """Returns the cells of a row: forward and backward of ours and of torch's, how much slower torch's is."""
+    least = []
+    for pairs in times.values():
+        forward, backward = zip(*pairs, strict=True)
+        least.append((min(forward), min(backward), min(map(sum, pairs))))
+    texts = [f"{milliseconds(forward)} + {milliseconds(backward)}" for forward, backward, _ in least]
+    return texts + [f"{theirs / ours:.2f}×" for ours, theirs in zip(*least, strict=True)]
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 1280, 4096])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--heads", type=int, nargs=3, default=[9, 3, 64], help="query heads, key heads, width")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--seconds", type=float, default=12.0)
     return parser.parse_args(words)
 
 
@@ -69,27 +106,22 @@ def main(words: list[str] | None = None) -> None:
     console = Console(width=max(100, Console().width))
     machine = describe_machine()
     console.print(", ".join(f"{name} {value}" for name, value in machine.items()))
-    table = Table(title=f"attention of a row, {arguments.dtype}, heads {arguments.heads}, milliseconds")
-    for name in ("threads", "tokens", "row", "forward", "torch", "slower by", "both", "torch", "slower by"):
+    torch.set_num_threads(arguments.threads)
+    clock, kind = (time.process_time, "CPU") if arguments.threads == 1 else (time.perf_counter, "wall-clock")
+    table = Table(title=f"attention of a row, {arguments.dtype}, heads {arguments.heads}, {kind} milliseconds")
+    for name in ("tokens", "row", "ours", "torch", "slower by: forward", "backward", "both"):
         table.add_column(name, justify="right")
     points = []
-    for threads in arguments.threads:
-        torch.set_num_threads(threads)
-        for tokens in arguments.tokens:
-            rows = {"one sequence": ((tokens,),), "four branches": ((tokens // 2, *[tokens // 8] * 4),)}
-            for row, trees in rows.items():
-                runs = contenders(trees, arguments.heads, getattr(torch, arguments.dtype))
-                race(runs, arguments.rounds, float("inf"), CPU, f"{tokens} tokens, {row}")
-                best = [min(run.seconds) for run in runs]
-                pairs = [best[:2], best[2:]]
-                figures = [text for a, b in pairs for text in (milliseconds(a), milliseconds(b), f"{b / a:.2f}×")]
-                table.add_row(str(threads), str(tokens), row, *figures)
-                seconds = {run.name: run.seconds for run in runs}
-                points.append({"threads": threads, "tokens": tokens, "row": row, "seconds": seconds})
+    for tokens in arguments.tokens:
+        for row, trees in rows_of(tokens).items():
+            step = step_of(trees, arguments.heads, getattr(torch, arguments.dtype), clock)
+            times = race(step, arguments.rounds, arguments.seconds)
+            table.add_row(str(tokens), row, *figures_of(times))
+            points.append({"tokens": tokens, "row": row, "seconds": times})
     console.print(table)
     RESULTS.mkdir(exist_ok=True)
     figures = {"machine": machine, "arguments": vars(arguments), "points": points}
-    (RESULTS / "row_attention.json").write_text(json.dumps(figures, indent=1))
+    (RESULTS / f"row_attention_{arguments.dtype}.json").write_text(json.dumps(figures, indent=1))
 
 
 if __name__ == "__main__":

@@ -21,19 +21,27 @@ constexpr float kLowest = -1e38f;
 
 // ---- packing
 
-int64_t packed_keys_size(const AttentionArgs& args) { return args.groups * args.num_blocks * kKeyBlock * args.width; }
+int64_t packed_keys_size(const AttentionArgs& args) { return args.groups * args.key_places * args.width; }
 
 int64_t packed_values_size(const AttentionArgs& args) {
-  return args.groups * args.num_blocks * kKeyBlock * whole_panels(args.value_width);
+  return args.groups * args.tokens * whole_panels(args.value_width);
+}
+
+float* packed_keys(const AttentionArgs& args, int64_t group, const KeyBlock& block) {
+  return args.packed_keys + (group * args.key_places + block.place) * args.width;
+}
+
+float* packed_values(const AttentionArgs& args, int64_t group, const KeyBlock& block) {
+  return args.packed_values + (group * args.tokens + block.first) * whole_panels(args.value_width);
 }
 
 template <typename T>
 void pack(const AttentionArgs& args, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
-    const int64_t group = n / args.num_blocks, block = n % args.num_blocks;
-    pack_block<true, T>(args, args.key, group, block, args.width, args.packed_keys + n * kKeyBlock * args.width);
-    pack_block<false, T>(args, args.value, group, block, args.value_width,
-                         args.packed_values + n * kKeyBlock * whole_panels(args.value_width));
+    const int64_t group = n / args.num_blocks;
+    const KeyBlock& block = args.plan.blocks[n % args.num_blocks];
+    pack_block<true, T>(args.key, group, block, args.width, packed_keys(args, group, block));
+    pack_block<false, T>(args.value, group, block, args.value_width, packed_values(args, group, block));
   }
 }
 
@@ -70,17 +78,19 @@ int64_t forward_scratch(const AttentionArgs& args) {
 }
 
 // Raises the tops of a strip's rows to their largest score.
-void raise_tops(const Softmax& state, int64_t row, Columns at, Vec scale) {
-  for (int64_t r = 0; r < kStrip; ++r) {
+void raise_tops(const Softmax& state, int64_t row, const Seen& seen, Columns at, Vec scale) {
+  for (int64_t r = 0; r < seen.rows; ++r) {
     Vec largest = splat(kLowest);
     for (int64_t i = at.begin; i < at.end; i += kWidth) {
       largest = maximum(load(state.scores + r * kKeyBlock + i) * scale, largest);
     }
     float& top = state.tops[row + r];
-    const float raised = max_of(largest);
+    const float raised = max_lanes(largest);
     if (!(raised > top)) continue;
     const Vec factor = weight_vec(splat(top - raised));
+    const bool is_first = top == kLowest;
     top = raised;
+    if (is_first) continue;  // all sums are 0
     float* const sums = state.sums + (row + r) * kWidth;
     store(sums, load(sums) * factor);
     float* const out = state.out + (row + r) * state.columns;
@@ -89,9 +99,9 @@ void raise_tops(const Softmax& state, int64_t row, Columns at, Vec scale) {
 }
 
 // Puts caps on a strip's scores, times the scale.
-void cap(const AttentionArgs& args, float* scores, Columns at) {
+void cap(const AttentionArgs& args, float* scores, const Seen& seen, Columns at) {
   const Vec inner = splat(args.scale / args.softcap), softcap = splat(args.softcap);
-  for (int64_t r = 0; r < kStrip; ++r) {
+  for (int64_t r = 0; r < seen.rows; ++r) {
     for (int64_t i = at.begin; i < at.end; i += kWidth) {
       float* const x = scores + r * kKeyBlock + i;
       store(x, tanh_vec(load(x) * inner).value * softcap);
@@ -102,7 +112,7 @@ void cap(const AttentionArgs& args, float* scores, Columns at) {
 // Turns a strip's scores into weights relative to its tops, and adds them up.
 void compute_weights(const Softmax& state, int64_t row, const Seen& seen, Columns at, Vec scale) {
   Vec excess = splat(kLowest);
-  for (int64_t r = 0; r < kStrip; ++r) {
+  for (int64_t r = 0; r < seen.rows; ++r) {
     float* const scores = state.scores + r * kKeyBlock;
     Vec largest = splat(-kInf);
     for (int64_t i = at.begin; i < at.end; i += kWidth) {
@@ -112,40 +122,41 @@ void compute_weights(const Softmax& state, int64_t row, const Seen& seen, Column
     }
     excess = maximum(largest - splat(state.tops[row + r]), excess);
   }
-  if (max_of(excess) > kSlack) raise_tops(state, row, at, scale);
-  for (int64_t r = 0; r < kStrip; ++r) {
+  if (max_lanes(excess) > kSlack) raise_tops(state, row, seen, at, scale);
+  for (int64_t r = 0; r < seen.rows; ++r) {
     float* const scores = state.scores + r * kKeyBlock;
     const Vec top = splat(state.tops[row + r]);
     Vec sums[2] = {load(state.sums + (row + r) * kWidth), Vec{}};
-    for (int64_t i = at.begin; i < at.end; i += 2 * kWidth) {
-      for (int k = 0; k < 2; ++k) {
-        const Vec weights = weight_vec(load(scores + i + k * kWidth) * scale - top);
-        store(scores + i + k * kWidth, weights);
-        sums[k] += weights;
-      }
-    }
+    const auto weigh = [&](int64_t i, Vec& sum) {
+      const Vec weights = weight_vec(load(scores + i) * scale - top);
+      store(scores + i, weights);
+      sum += weights;
+    };
+    int64_t i = at.begin;
+    for (; i + kWidth < at.end; i += 2 * kWidth) weigh(i, sums[0]), weigh(i + kWidth, sums[1]);
+    if (i < at.end) weigh(i, sums[0]);
     store(state.sums + (row + r) * kWidth, sums[0] + sums[1]);
   }
 }
 
-void attend_block(const AttentionArgs& args, const Softmax& state, const Tile& tile, int64_t group, int64_t block) {
-  const int64_t place = group * args.num_blocks + block, stride = padded(args.width);
-  const int64_t tokens = std::min(kKeyBlock, args.tokens - block * kKeyBlock);
-  const float* keys = args.packed_keys + place * kKeyBlock * args.width;
-  const float* values = args.packed_values + place * kKeyBlock * state.columns;
+void attend_block(const AttentionArgs& args, const Softmax& state, const Tile& tile, int64_t group,
+                  const KeyBlock& block) {
+  const int64_t stride = padded(args.width);
+  const float* keys = packed_keys(args, group, block);
+  const float* values = packed_values(args, group, block);
   const Vec scale = splat(args.softcap ? 1.0f : args.scale);
   for (int64_t row = 0; row < tile.whole_rows; row += kStrip) {
     const Seen& seen = state.seen[row / kStrip];
     if (!seen.any) continue;
     const Columns at(seen);
-    multiply_strip<false>(PlainLeft{state.query + row * stride, stride}, keys + at.begin * args.width,
+    multiply_strip<false>(seen.rows, PlainLeft{state.query + row * stride, stride}, keys + at.begin * args.width,
                           kTileColumns * args.width, args.width, at.end - at.begin, state.scores + at.begin,
                           kKeyBlock);
-    if (args.softcap) cap(args, state.scores, at);
+    if (args.softcap) cap(args, state.scores, seen, at);
     compute_weights(state, row, seen, at, scale);
-    multiply_strip<true>(PlainLeft{state.scores + seen.begin(), kKeyBlock}, values + seen.begin() * kTileColumns,
-                         tokens * kTileColumns, seen.end() - seen.begin(), state.columns,
-                         state.out + row * state.columns, state.columns);
+    multiply_strip<true>(seen.rows, PlainLeft{state.scores + seen.begin(), kKeyBlock},
+                         values + seen.begin() * kTileColumns, block.tokens * kTileColumns, seen.end() - seen.begin(),
+                         state.columns, state.out + row * state.columns, state.columns);
   }
 }
 
@@ -160,12 +171,12 @@ void forward(const AttentionArgs& args, int64_t task, float* scratch) {
   std::fill(state.sums, state.sums + tile.whole_rows * kWidth, 0.0f);
   std::fill(state.tops, state.tops + tile.whole_rows, kLowest);
   for (int64_t n = args.plan.tile_offsets[index]; n < args.plan.tile_offsets[index + 1]; ++n) {
-    const int64_t block = args.plan.tile_blocks[n];
+    const KeyBlock& block = args.plan.blocks[args.plan.tile_blocks[n]];
     look(args, tile, block, state.seen);
     attend_block(args, state, tile, group, block);
   }
   for_rows(args, group, tile, [&](int64_t row, int64_t head, int64_t token) {
-    const float sum = static_cast<float>(sum_of(load(state.sums + row * kWidth)));
+    const float sum = sum_lanes(load(state.sums + row * kWidth));
     args.lse[head * args.tokens + token] = state.tops[row] + std::log(sum);
     const Vec share = splat(1.0f / sum);
     float* const out = state.out + row * state.columns;
@@ -186,7 +197,7 @@ void prepare_backward(const AttentionArgs& args, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < args.value_width; i += kWidth) {
         sum += widen_first(grad + i, args.value_width - i) * widen_first(out + i, args.value_width - i);
       }
-      args.deltas[head * args.tokens + token] = static_cast<float>(sum_of(sum));
+      args.deltas[head * args.tokens + token] = sum_lanes(sum);
     }
   }
 }
@@ -247,8 +258,6 @@ void load_tile(const AttentionArgs& args, const Backward& b, const Tile& tile, i
     b.deltas[row] = args.deltas[head * args.tokens + token];
     b.grad_query[row] = row_of<float>(args.grad_query, head, token);
   });
-  std::fill(b.lse + tile.rows, b.lse + tile.whole_rows, 0.0f);
-  std::fill(b.deltas + tile.rows, b.deltas + tile.whole_rows, 0.0f);
 }
 
 // Scores from products of queries and keys; and the derivative of capped scores, if there is a cap.
@@ -264,7 +273,7 @@ inline Vec scores_of(const AttentionArgs& args, Vec products, Vec* derivative) {
 template <bool kCapped>
 void differentiate(const AttentionArgs& args, const Backward& b, int64_t row, const Seen& seen, Columns at) {
   const Vec scale = splat(args.scale);
-  for (int64_t r = row; r < row + kStrip; ++r) {
+  for (int64_t r = row; r < row + seen.rows; ++r) {
     float* const weights = b.weights + r * kKeyBlock;
     float* const grad_scores = b.grad_scores + r * kKeyBlock;
     const Vec lse = splat(b.lse[r]), delta = splat(b.deltas[r]);
@@ -292,9 +301,10 @@ void compute_tile_weights(const AttentionArgs& args, const Backward& b, const Ti
     if (!seen.any) continue;
     const Columns at(seen);
     const int64_t size = at.end - at.begin;
-    multiply_strip<false>(PlainLeft{b.query + row * b.key_columns, b.key_columns}, b.keys + at.begin * args.width,
-                          kTileColumns * args.width, args.width, size, weights + at.begin, kKeyBlock);
-    multiply_strip<false>(PlainLeft{b.grad + row * b.value_columns, b.value_columns},
+    multiply_strip<false>(seen.rows, PlainLeft{b.query + row * b.key_columns, b.key_columns},
+                          b.keys + at.begin * args.width, kTileColumns * args.width, args.width, size,
+                          weights + at.begin, kKeyBlock);
+    multiply_strip<false>(seen.rows, PlainLeft{b.grad + row * b.value_columns, b.value_columns},
                           b.values + at.begin * args.value_width, kTileColumns * args.value_width, args.value_width,
                           size, grad_scores + at.begin, kKeyBlock);
     (args.softcap ? differentiate<true> : differentiate<false>)(args, b, row, seen, at);
@@ -302,18 +312,21 @@ void compute_tile_weights(const AttentionArgs& args, const Backward& b, const Ti
 }
 
 // Adds a tile's share of the gradients of a block's keys and values.
-void add_to_block(const Backward& b, const Tile& tile) {
-  for (int64_t key = 0; key < kKeyBlock; key += kStrip) {
+void add_to_block(const Backward& b, const Tile& tile, const KeyBlock& block) {
+  for (int64_t key = 0; key < block.tokens; key += kStrip) {
     const uint64_t keys = ((uint64_t{1} << kStrip) - 1) << key;
+    const int64_t rows = std::min(kStrip, block.tokens - key);
     int64_t begin = 0, end = tile.whole_rows;
     while (begin < end && !(b.seen[begin / kStrip].any & keys)) begin += kStrip;
     while (begin < end && !(b.seen[end / kStrip - 1].any & keys)) end -= kStrip;
     if (begin == end) continue;
+    const int64_t steps = std::min(end, tile.rows) - begin;
     const int64_t from = begin * kKeyBlock + key;
-    multiply_rows<true>(TransposedLeft{b.weights + from, kKeyBlock}, b.grad + begin * b.value_columns, b.value_columns,
-                        end - begin, b.value_columns, b.grad_value + key * b.value_columns, b.value_columns);
-    multiply_rows<true>(TransposedLeft{b.grad_scores + from, kKeyBlock}, b.query + begin * b.key_columns,
-                        b.key_columns, end - begin, b.key_columns, b.grad_key + key * b.key_columns, b.key_columns);
+    multiply_rows<true>(rows, TransposedLeft{b.weights + from, kKeyBlock}, b.grad + begin * b.value_columns,
+                        b.value_columns, steps, b.value_columns, b.grad_value + key * b.value_columns,
+                        b.value_columns);
+    multiply_rows<true>(rows, TransposedLeft{b.grad_scores + from, kKeyBlock}, b.query + begin * b.key_columns,
+                        b.key_columns, steps, b.key_columns, b.grad_key + key * b.key_columns, b.key_columns);
   }
 }
 
@@ -322,10 +335,10 @@ void add_to_queries(const AttentionArgs& args, const Backward& b, const Tile& ti
   for (int64_t row = 0; row < tile.whole_rows; row += kStrip) {
     const Seen& seen = b.seen[row / kStrip];
     if (!seen.any) continue;
-    multiply_strip<false>(PlainLeft{b.grad_scores + row * kKeyBlock + seen.begin(), kKeyBlock},
+    multiply_strip<false>(seen.rows, PlainLeft{b.grad_scores + row * kKeyBlock + seen.begin(), kKeyBlock},
                           b.keys_as_steps + seen.begin() * kTileColumns, tokens * kTileColumns,
                           seen.end() - seen.begin(), b.key_columns, b.strip, b.key_columns);
-    for (int64_t r = row; r < std::min(row + kStrip, tile.rows); ++r) {
+    for (int64_t r = row; r < row + seen.rows; ++r) {
       const float* sums = b.strip + (r - row) * b.key_columns;
       float* const to = b.grad_query[r];
       for (int64_t i = 0; i < args.width; i += kWidth) {
@@ -337,32 +350,33 @@ void add_to_queries(const AttentionArgs& args, const Backward& b, const Tile& ti
 
 template <typename T>
 void backward(const AttentionArgs& args, int64_t task, float* scratch) {
-  const int64_t group = task % args.groups, block = task / args.groups;
-  const int64_t first = block * kKeyBlock, tokens = std::min(kKeyBlock, args.tokens - first);
+  const int64_t group = task % args.groups, number = task / args.groups;
+  const KeyBlock& block = args.plan.blocks[number];
   Room room{scratch};
   const Backward b = backward_room(args, room);
-  pack_block<true, T>(args, args.key, group, block, args.width, b.keys);
-  pack_block<true, T>(args, args.value, group, block, args.value_width, b.values);
-  pack_block<false, T>(args, args.key, group, block, args.width, b.keys_as_steps);
-  std::fill(b.grad_key, b.grad_key + kKeyBlock * b.key_columns, 0.0f);
-  std::fill(b.grad_value, b.grad_value + kKeyBlock * b.value_columns, 0.0f);
-  for (int64_t n = args.plan.block_offsets[block]; n < args.plan.block_offsets[block + 1]; ++n) {
+  pack_block<true, T>(args.key, group, block, args.width, b.keys);
+  pack_block<true, T>(args.value, group, block, args.value_width, b.values);
+  pack_block<false, T>(args.key, group, block, args.width, b.keys_as_steps);
+  const int64_t strips = (block.tokens + kStrip - 1) / kStrip;
+  std::fill(b.grad_key, b.grad_key + strips * kStrip * b.key_columns, 0.0f);
+  std::fill(b.grad_value, b.grad_value + strips * kStrip * b.value_columns, 0.0f);
+  for (int64_t n = args.plan.block_offsets[number]; n < args.plan.block_offsets[number + 1]; ++n) {
     const int64_t index = args.plan.block_tiles[n];
     const Tile tile = tile_of(args, index);
     load_tile<T>(args, b, tile, group);
     look(args, tile, block, b.seen);
     compute_tile_weights(args, b, tile);
-    add_to_block(b, tile);
+    add_to_block(b, tile, block);
     // In the order of the blocks, whoever computes them: sums do not depend on the number of threads.
     int32_t* const turn = args.turns + group * args.num_tiles + index;
     while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != args.plan.block_turns[n]) sched_yield();
-    add_to_queries(args, b, tile, tokens);
+    add_to_queries(args, b, tile, block.tokens);
     __atomic_store_n(turn, args.plan.block_turns[n] + 1, __ATOMIC_RELEASE);
   }
-  for (int64_t key = 0; key < tokens; ++key) {
-    narrow_chunk(b.grad_key + key * b.key_columns, args.width, row_of<T>(args.grad_key, group, first + key));
-    narrow_chunk(b.grad_value + key * b.value_columns, args.value_width,
-                 row_of<T>(args.grad_value, group, first + key));
+  for (int64_t key = 0; key < block.tokens; ++key) {
+    const int64_t token = block.first + key;
+    narrow_chunk(b.grad_key + key * b.key_columns, args.width, row_of<T>(args.grad_key, group, token));
+    narrow_chunk(b.grad_value + key * b.value_columns, args.value_width, row_of<T>(args.grad_value, group, token));
   }
 }
 
@@ -385,7 +399,6 @@ namespace trl_fast {
 
 extern const AttentionKernels TRL_FAST_JOIN(kAttentionKernels, CPU_CAPABILITY);
 const AttentionKernels TRL_FAST_JOIN(kAttentionKernels, CPU_CAPABILITY) = {
-    sees,
     forward_scratch,
     backward_scratch,
     packed_keys_size,

@@ -1,9 +1,10 @@
 // Declares attention over a row of token trees on the CPU, forward and backward.
 //
-// trl_fast/ops/attention.py specifies what is computed. Key heads are shared by groups of query heads. A row's
-// queries are cut into tiles, all heads of a group together, its keys into blocks; scores of a tile and a block stand
-// in the cache, and tiles and blocks of which no query sees a key are left out. Compiled once per instruction set,
-// without torch headers.
+// trl_fast/ops/attention.py specifies what is computed. Key heads are shared by groups of query heads. Each segment's
+// queries are cut into tiles, all heads of a group together, its keys into blocks, from its first token on: the bits
+// of a sequence do not depend on where it lies in the row, nor on what else is there. Scores of a tile and a block
+// stand in the cache, and tiles and blocks of which no query sees a key are left out. Compiled once per instruction
+// set, without torch headers.
 #pragma once
 
 #include <cstdint>
@@ -18,12 +19,8 @@ constexpr int64_t kKeyBlock = 64;
 constexpr int64_t kAimedRows = 96;
 // Rows are multiplied in strips of at most so many.
 constexpr int64_t kMostStripRows = 8;
-
-// Tokens [start, end) of a row, seen by themselves and by all that continues them, which ends at tree_end; offset:
-// the position of `start` in its sequence.
-struct TreeSegment {
-  int64_t start, end, tree_end, offset;
-};
+// Packed keys of a block have room for whole panels of at most so many.
+constexpr int64_t kMostPanelKeys = 32;
 
 // (heads, T, D), contiguous in D.
 struct AttentionHeads {
@@ -34,18 +31,29 @@ struct AttentionHeads {
 // Which tokens see which: a token sees, of its own segment and of those that this one continues, what is behind its
 // first_in_run or among its last `window` tokens, and before its end_of_run.
 struct AttentionMask {
-  const TreeSegment* segments;  // that have tokens, in order
-  int64_t num_segments;
-  const int32_t* first_segments;  // of each block, the first segment with keys in it
-  const int32_t* positions;       // (T,) of tokens in their sequences
-  const int32_t* first_in_runs;   // (T,)
-  const int32_t* ends_of_runs;    // (T,)
+  const int32_t* positions;      // (T,) of tokens in their sequences
+  const int32_t* first_in_runs;  // (T,)
+  const int32_t* ends_of_runs;   // (T,)
   int64_t window;
 };
 
-// Which tiles see keys of which blocks. Blocks of tile i: tile_blocks[tile_offsets[i]], ..., in ascending order. Tiles
-// of block i: block_tiles[block_offsets[i]], ..., and which one of the tile's blocks it is, block_turns.
+// Tokens of one segment whose queries are computed together.
+struct QueryTile {
+  int32_t first, tokens;
+};
+
+// At most kKeyBlock tokens of one segment whose keys are computed together; origin: where in the row the token at
+// position 0 would stand, if the whole sequence were there; place: where the block's packed keys begin.
+struct KeyBlock {
+  int32_t first, tokens, origin, place;
+};
+
+// Which tiles see keys of which blocks: none but those of their own segment and of those that this one continues.
+// Blocks of tile i: tile_blocks[tile_offsets[i]], ..., in ascending order. Tiles of block i:
+// block_tiles[block_offsets[i]], ..., and which one of the tile's blocks it is, block_turns.
 struct AttentionPlan {
+  const QueryTile* tiles;
+  const KeyBlock* blocks;
   const int32_t* tile_offsets;
   const int32_t* tile_blocks;
   const int32_t* block_offsets;
@@ -56,7 +64,8 @@ struct AttentionPlan {
 struct AttentionArgs {
   Dtype dtype;  // of heads, but for grad_query
   int64_t tokens, groups, group_size, width, value_width;
-  int64_t tile_tokens, num_tiles, num_blocks;
+  int64_t tile_tokens, num_tiles, num_blocks;  // tile_tokens: of the largest tiles
+  int64_t key_places;                          // of a group's packed keys
   float scale;
   float softcap;  // scores are softcap * tanh(scores / softcap); 0: as they are
   AttentionMask mask;
@@ -74,8 +83,7 @@ struct AttentionArgs {
 };
 
 struct AttentionKernels {
-  bool (*sees)(const AttentionArgs&, int64_t tile, int64_t block);  // whether a token of the tile sees a key
-  int64_t (*forward_scratch)(const AttentionArgs&);                 // floats
+  int64_t (*forward_scratch)(const AttentionArgs&);  // floats
   int64_t (*backward_scratch)(const AttentionArgs&);
   int64_t (*packed_keys_size)(const AttentionArgs&);
   int64_t (*packed_values_size)(const AttentionArgs&);

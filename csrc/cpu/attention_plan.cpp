@@ -16,21 +16,80 @@ int64_t tile_tokens(int64_t group_size) {
   return std::max<int64_t>(1, (kAimedRows / group_size + step / 2) / step) * step;
 }
 
-// How far the keys of a block are seen: before which token their readers end, and the last of their positions.
-struct Reach {
-  int64_t readers_end = 0, last_position = 0;
-};
-
-std::vector<Reach> reach_of_blocks(const AttentionRow& row, const AttentionArgs& args) {
-  std::vector<Reach> reach(args.num_blocks);
+// Cuts segments into blocks; returns the first block of each, and the number of all.
+std::vector<int64_t> cut_blocks(AttentionRow& row, int64_t& key_places) {
+  std::vector<int64_t> first_blocks;
   for (const TreeSegment& s : row.segments) {
-    for (int64_t block = s.start / kKeyBlock; block * kKeyBlock < s.end; ++block) {
-      const int64_t last = std::min((block + 1) * kKeyBlock, s.end) - 1;
-      reach[block].readers_end = std::max(reach[block].readers_end, s.tree_end);
-      reach[block].last_position = std::max<int64_t>(reach[block].last_position, row.positions[last]);
+    first_blocks.push_back(row.blocks.size());
+    for (int64_t first = s.start; first < s.end; first += kKeyBlock) {
+      const int64_t tokens = std::min(kKeyBlock, s.end - first);
+      row.blocks.push_back({static_cast<int32_t>(first), static_cast<int32_t>(tokens),
+                            static_cast<int32_t>(s.start - s.offset), static_cast<int32_t>(key_places)});
+      key_places += (tokens + kMostPanelKeys - 1) / kMostPanelKeys * kMostPanelKeys;
     }
   }
-  return reach;
+  first_blocks.push_back(row.blocks.size());
+  return first_blocks;
+}
+
+// How far the tokens of a tile see: keys before `last_key`, and of those what is behind a position or a token.
+struct Sight {
+  int64_t last_key, position, first_in_run;
+
+  Sight(const AttentionRow& row, const QueryTile& tile, int64_t window) {
+    const auto of_tile = [&](const std::vector<int32_t>& numbers) {
+      const auto begin = numbers.begin() + tile.first;
+      return std::minmax_element(begin, begin + tile.tokens);
+    };
+    last_key = *of_tile(row.ends_of_runs).second;
+    position = row.positions[tile.first] - window;
+    first_in_run = *of_tile(row.first_in_runs).first;
+  }
+
+  bool reaches(const KeyBlock& block) const {
+    const int64_t end = block.first + block.tokens;
+    return block.first < last_key && (end - 1 - block.origin > position || end > first_in_run);
+  }
+};
+
+// Cuts segments into tiles, each with the blocks that it sees.
+void cut_tiles(const AttentionArgs& args, AttentionRow& row, const std::vector<int64_t>& first_blocks) {
+  std::vector<size_t> sequence;  // the segments that one continues, and itself
+  row.tile_offsets.push_back(0);
+  for (size_t n = 0; n < row.segments.size(); ++n) {
+    const TreeSegment& s = row.segments[n];
+    while (!sequence.empty() && row.segments[sequence.back()].tree_end <= s.start) sequence.pop_back();
+    sequence.push_back(n);
+    for (int64_t first = s.start; first < s.end; first += args.tile_tokens) {
+      const int64_t tokens = std::min(args.tile_tokens, s.end - first);
+      row.tiles.push_back({static_cast<int32_t>(first), static_cast<int32_t>(tokens)});
+      const Sight sight(row, row.tiles.back(), args.mask.window);
+      for (const size_t segment : sequence) {
+        for (int64_t block = first_blocks[segment]; block < first_blocks[segment + 1]; ++block) {
+          if (sight.reaches(row.blocks[block])) row.tile_blocks.push_back(block);
+        }
+      }
+      row.tile_offsets.push_back(row.tile_blocks.size());
+    }
+  }
+}
+
+// Lists the tiles of each block.
+void turn_around(AttentionRow& row) {
+  std::vector<std::vector<std::pair<int32_t, int32_t>>> tiles_of(row.blocks.size());
+  for (size_t tile = 0; tile < row.tiles.size(); ++tile) {
+    for (int32_t n = row.tile_offsets[tile]; n < row.tile_offsets[tile + 1]; ++n) {
+      tiles_of[row.tile_blocks[n]].emplace_back(tile, n - row.tile_offsets[tile]);
+    }
+  }
+  row.block_offsets.push_back(0);
+  for (const auto& tiles : tiles_of) {
+    for (const auto& [tile, turn] : tiles) {
+      row.block_tiles.push_back(tile);
+      row.block_turns.push_back(turn);
+    }
+    row.block_offsets.push_back(row.block_tiles.size());
+  }
 }
 
 }  // namespace
@@ -39,12 +98,18 @@ AttentionRow::AttentionRow(const int64_t* segment_numbers, int64_t num_segments,
                            int64_t num_runs, bool whole_runs, int64_t tokens)
     : first_in_runs(tokens), ends_of_runs(tokens) {
   int64_t next = 0;
+  std::vector<int64_t> tree_ends;  // of the segments that the next one may continue
   for (int64_t n = 0; n < num_segments; ++n) {
     const int64_t* const given = segment_numbers + 4 * n;
     const TreeSegment s = {given[0], given[1], given[2], given[3]};
     if (s.start != next || s.end < s.start || s.tree_end < s.end || s.tree_end > tokens) {
       throw std::invalid_argument("segments: number " + std::to_string(n) + " does not stand behind the one before");
     }
+    while (!tree_ends.empty() && tree_ends.back() <= s.start) tree_ends.pop_back();
+    if (!tree_ends.empty() && s.tree_end > tree_ends.back()) {
+      throw std::invalid_argument("segments: number " + std::to_string(n) + " ends behind one that it continues");
+    }
+    tree_ends.push_back(s.tree_end);
     next = s.end;
     if (s.end > s.start) segments.push_back(s);
     for (int64_t t = s.start; t < s.end; ++t) positions.push_back(s.offset + t - s.start);
@@ -67,53 +132,17 @@ AttentionRow::AttentionRow(const int64_t* segment_numbers, int64_t num_segments,
 }
 
 void plan_attention(AttentionArgs& args, AttentionRow& row, int64_t window) {
+  args.mask = {row.positions.data(), row.first_in_runs.data(), row.ends_of_runs.data(), window};
   args.tile_tokens = tile_tokens(args.group_size);
-  args.num_tiles = (args.tokens + args.tile_tokens - 1) / args.tile_tokens;
-  args.num_blocks = (args.tokens + kKeyBlock - 1) / kKeyBlock;
-  size_t segment = 0;
-  for (int64_t block = 0; block < args.num_blocks; ++block) {
-    while (row.segments[segment].end <= block * kKeyBlock) ++segment;
-    row.first_segments.push_back(segment);
-  }
-  args.mask = {row.segments.data(),
-               static_cast<int64_t>(row.segments.size()),
-               row.first_segments.data(),
-               row.positions.data(),
-               row.first_in_runs.data(),
-               row.ends_of_runs.data(),
-               window};
-  const std::vector<Reach> reach = reach_of_blocks(row, args);
-  std::vector<std::vector<std::pair<int32_t, int32_t>>> tiles_of(args.num_blocks);
-  row.tile_offsets.push_back(0);
-  for (int64_t tile = 0; tile < args.num_tiles; ++tile) {
-    const int64_t first = tile * args.tile_tokens, end = std::min(first + args.tile_tokens, args.tokens);
-    const auto of_tile = [&](const std::vector<int32_t>& numbers) {
-      return std::minmax_element(numbers.begin() + first, numbers.begin() + end);
-    };
-    const int64_t last_key = *of_tile(row.ends_of_runs).second, first_in_run = *of_tile(row.first_in_runs).first;
-    const int64_t in_window = *of_tile(row.positions).first - window;
-    for (int64_t block = 0; block * kKeyBlock < last_key; ++block) {
-      // Most blocks of a long row are left out without a look at every token.
-      if (reach[block].readers_end <= first) continue;
-      if (reach[block].last_position <= in_window && (block + 1) * kKeyBlock <= first_in_run) continue;
-      if (!attention_kernels().sees(args, tile, block)) continue;
-      tiles_of[block].emplace_back(tile, row.tile_blocks.size() - row.tile_offsets.back());
-      row.tile_blocks.push_back(block);
-    }
-    row.tile_offsets.push_back(row.tile_blocks.size());
-  }
-  row.block_offsets.push_back(0);
-  for (const auto& tiles : tiles_of) {
-    for (const auto& [tile, turn] : tiles) {
-      row.block_tiles.push_back(tile);
-      row.block_turns.push_back(turn);
-    }
-    row.block_offsets.push_back(row.block_tiles.size());
-  }
+  args.key_places = 0;
+  cut_tiles(args, row, cut_blocks(row, args.key_places));
+  turn_around(row);
+  args.num_tiles = row.tiles.size();
+  args.num_blocks = row.blocks.size();
   row.turns.assign(args.groups * args.num_tiles, 0);
   args.turns = row.turns.data();
-  args.plan = {row.tile_offsets.data(), row.tile_blocks.data(), row.block_offsets.data(), row.block_tiles.data(),
-               row.block_turns.data()};
+  args.plan = {row.tiles.data(),         row.blocks.data(),      row.tile_offsets.data(), row.tile_blocks.data(),
+               row.block_offsets.data(), row.block_tiles.data(), row.block_turns.data()};
 }
 
 }  // namespace trl_fast

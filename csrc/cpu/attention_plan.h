@@ -8,10 +8,18 @@
 
 namespace trl_fast {
 
+// Tokens [start, end) of a row, seen by themselves and by all that continues them, which ends at tree_end; offset:
+// the position of `start` in its sequence.
+struct TreeSegment {
+  int64_t start, end, tree_end, offset;
+};
+
 // A row of tokens, and what AttentionMask and AttentionPlan point into.
 struct AttentionRow {
-  std::vector<TreeSegment> segments;
-  std::vector<int32_t> first_segments, positions, first_in_runs, ends_of_runs;
+  std::vector<TreeSegment> segments;  // that have tokens, in order
+  std::vector<int32_t> positions, first_in_runs, ends_of_runs;
+  std::vector<QueryTile> tiles;
+  std::vector<KeyBlock> blocks;
   std::vector<int32_t> tile_offsets, tile_blocks, block_offsets, block_tiles, block_turns, turns;
 
   // segments: start, end, tree_end, offset of each; runs: start and end of each, in tokens of the row. Throws

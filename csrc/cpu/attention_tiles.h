@@ -11,11 +11,13 @@ namespace {
 using trl_fast::AttentionArgs;
 using trl_fast::AttentionHeads;
 using trl_fast::AttentionMask;
+using trl_fast::KeyBlock;
 using trl_fast::kKeyBlock;
 
 // Rows of a strip: a tile of sums has so many.
 constexpr int64_t kStrip = kTileRows < trl_fast::kMostStripRows ? 4 : trl_fast::kMostStripRows;
 static_assert(kKeyBlock % kTileColumns == 0 && kKeyBlock % kStrip == 0 && kStrip <= kTileRows);
+static_assert(trl_fast::kMostPanelKeys % kTileColumns == 0);
 // e^x for x <= 80 as 2^(x log2 e), in fewer steps than exp_vec: a polynomial (Cephes exp2f) of the part behind the
 // nearest integer. Its relative error grows to |x| / 2^24, which no longer counts where e^x is small beside e^0. What
 // is below the normal range gives 0; NaN stays NaN.
@@ -32,6 +34,27 @@ inline Vec weight_vec(Vec x) {
   p = p * r + splat(1.0f);
   const Vec power = bits_as<Vec>((bits_as<UVec>(shifted) << 23) + bits_as<UVec>(splat(1.0f)));
   return exponent < splat(-126.0f) ? Vec{} : p * power;
+}
+
+template <int kDistance, int... kLanes>
+inline Vec exchange_lanes(Vec x, std::integer_sequence<int, kLanes...>) {
+  return __builtin_shufflevector(x, x, (kLanes ^ kDistance)...);
+}
+
+// Joins a vector's lanes by halves: f(a, b) of both.
+template <int kDistance = kWidth / 2, typename F>
+inline float join_lanes(Vec x, F f) {
+  x = f(x, exchange_lanes<kDistance>(x, std::make_integer_sequence<int, kWidth>()));
+  if constexpr (kDistance > 1) return join_lanes<kDistance / 2>(x, f);
+  return x[0];
+}
+
+inline float sum_lanes(Vec x) {
+  return join_lanes(x, [](Vec a, Vec b) { return a + b; });
+}
+
+inline float max_lanes(Vec x) {
+  return join_lanes(x, [](Vec a, Vec b) { return maximum(a, b); });
 }
 
 int64_t whole_panels(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns * kTileColumns; }
@@ -55,22 +78,34 @@ struct TransposedLeft {
   float at(int row, int64_t step) const { return data[step * stride + row]; }
 };
 
-// Computes out (kStrip, columns) = left @ right or adds that to it; right: panels of kTileColumns columns that are
-// panel_stride apart, from the first step on.
-template <bool kAdds, typename Left>
-inline void multiply_strip(Left left, const float* right, int64_t panel_stride, int64_t steps, int64_t columns,
-                           float* out, int64_t out_stride) {
-  for (int64_t column = 0; column < columns; column += kTileColumns) {
-    multiply_tile<kStrip, kAdds>(left, right + column / kTileColumns * panel_stride, steps, out + column, out_stride);
+// Computes out (rows, columns) = left @ right or adds that to it, in whole vectors; right: panels of kTileColumns
+// columns that are panel_stride apart, from the first step on. Of kStrip rows as many are computed as a half, a
+// quarter or all of them hold.
+template <bool kAdds, int kRows = kStrip, typename Left>
+inline void multiply_strip(int64_t rows, Left left, const float* right, int64_t panel_stride, int64_t steps,
+                           int64_t columns, float* out, int64_t out_stride) {
+  if constexpr (kRows > 2) {
+    if (rows <= kRows / 2) {
+      return multiply_strip<kAdds, kRows / 2>(rows, left, right, panel_stride, steps, columns, out, out_stride);
+    }
   }
+  for (; columns >= kTileColumns; columns -= kTileColumns, right += panel_stride, out += kTileColumns) {
+    multiply_tile<kRows, kAdds>(left, right, steps, out, out_stride);
+  }
+  if (columns > 0) multiply_tile<kRows, kAdds, 1>(left, right, steps, out, out_stride);
 }
 
 // The same with a right factor as it lies, its rows the steps.
-template <bool kAdds, typename Left>
-inline void multiply_rows(Left left, const float* right, int64_t right_stride, int64_t steps, int64_t columns,
-                          float* out, int64_t out_stride) {
+template <bool kAdds, int kRows = kStrip, typename Left>
+inline void multiply_rows(int64_t rows, Left left, const float* right, int64_t right_stride, int64_t steps,
+                          int64_t columns, float* out, int64_t out_stride) {
+  if constexpr (kRows > 2) {
+    if (rows <= kRows / 2) {
+      return multiply_rows<kAdds, kRows / 2>(rows, left, right, right_stride, steps, columns, out, out_stride);
+    }
+  }
   for (int64_t column = 0; column < columns; column += kTileColumns) {
-    multiply_tile<kStrip, kAdds>(left, right + column, steps, out + column, out_stride, right_stride);
+    multiply_tile<kRows, kAdds>(left, right + column, steps, out + column, out_stride, right_stride);
   }
 }
 
@@ -81,20 +116,13 @@ inline T* row_of(const AttentionHeads& heads, int64_t head, int64_t token) {
 
 // ---- which keys are seen
 
-// Returns the keys of a block that a token sees.
-uint64_t keys_seen(const AttentionMask& mask, int64_t token, int64_t block) {
-  const int64_t first = block * kKeyBlock;
-  uint64_t seen = 0;
-  for (int64_t n = mask.first_segments[block]; n < mask.num_segments; ++n) {
-    const trl_fast::TreeSegment& s = mask.segments[n];
-    if (s.start >= first + kKeyBlock || s.start > token) break;
-    if (token >= s.tree_end) continue;
-    int64_t from = s.start + mask.positions[token] - mask.window + 1 - s.offset;
-    from = std::max({std::min<int64_t>(from, mask.first_in_runs[token]), s.start, first}) - first;
-    const int64_t to = std::min<int64_t>({s.end, mask.ends_of_runs[token], first + kKeyBlock}) - first;
-    if (from < to) seen |= (~uint64_t{0} >> (kKeyBlock - (to - from))) << from;
-  }
-  return seen;
+// Returns the keys of a block that a token sees, which belongs to the block's segment or continues it.
+inline uint64_t keys_seen(const AttentionMask& mask, int64_t token, const KeyBlock& block) {
+  const int64_t in_window = block.origin + mask.positions[token] - mask.window + 1;
+  const int64_t begin = std::min<int64_t>(in_window, mask.first_in_runs[token]) - block.first;
+  const int64_t from = std::max<int64_t>(begin, 0);
+  const int64_t to = std::min<int64_t>(mask.ends_of_runs[token] - block.first, block.tokens);
+  return from < to ? ~uint64_t{0} >> (kKeyBlock - (to - from)) << from : 0;
 }
 
 // Tokens of a tile, and their rows: row r is token r / group_size and head r % group_size, in whole strips.
@@ -103,59 +131,47 @@ struct Tile {
 };
 
 Tile tile_of(const AttentionArgs& args, int64_t index) {
-  const int64_t first = index * args.tile_tokens, tokens = std::min(args.tile_tokens, args.tokens - first);
-  const int64_t rows = tokens * args.group_size;
-  return {first, tokens, rows, (rows + kStrip - 1) / kStrip * kStrip};
+  const trl_fast::QueryTile& tile = args.plan.tiles[index];
+  const int64_t rows = tile.tokens * args.group_size;
+  return {tile.first, tile.tokens, rows, (rows + kStrip - 1) / kStrip * kStrip};
 }
 
 int64_t most_rows(const AttentionArgs& args) {
   return (args.tile_tokens * args.group_size + kStrip - 1) / kStrip * kStrip;
 }
 
-bool sees(const AttentionArgs& args, int64_t index, int64_t block) {
-  const Tile tile = tile_of(args, index);
-  for (int64_t t = tile.first + tile.tokens; t-- > tile.first;) {
-    if (keys_seen(args.mask, t, block)) return true;
-  }
-  return false;
-}
-
-// What the rows of a strip see of a block.
+// What the rows of a strip, kStrip or at a tile's end fewer, see of a block.
 struct Seen {
   uint64_t by_row[kStrip];
   uint64_t any, all;
+  int64_t rows;
 
   // First and last + 1 of the keys that a row sees.
   int64_t begin() const { return __builtin_ctzll(any); }
   int64_t end() const { return kKeyBlock - __builtin_clzll(any); }
 };
 
-// Writes what each strip of a tile sees of a block; returns whether all rows see all keys.
-bool look(const AttentionArgs& args, const Tile& tile, int64_t block, Seen* seen) {
+// Writes what each strip of a tile sees of a block.
+void look(const AttentionArgs& args, const Tile& tile, const KeyBlock& block, Seen* seen) {
   int64_t row = 0;
-  uint64_t all = ~uint64_t{0};
   const auto add = [&](uint64_t keys) {
     Seen& strip = seen[row / kStrip];
-    if (row % kStrip == 0) strip.any = 0, strip.all = ~uint64_t{0};
-    strip.by_row[row % kStrip] = keys;
+    if (row % kStrip == 0) strip.any = strip.rows = 0, strip.all = ~uint64_t{0};
+    strip.by_row[strip.rows++] = keys;
     strip.any |= keys;
     strip.all &= keys;
-    all &= keys;
     ++row;
   };
   for (int64_t t = 0; t < tile.tokens; ++t) {
     const uint64_t keys = keys_seen(args.mask, tile.first + t, block);
     for (int64_t head = 0; head < args.group_size; ++head) add(keys);
   }
-  while (row < tile.whole_rows) add(0);
-  return all == ~uint64_t{0};
 }
 
-// Columns of scores, whole panels, in which a strip sees keys.
+// Columns of scores, whole vectors from a panel's begin on, in which a strip sees keys.
 struct Columns {
   int64_t begin, end;
-  explicit Columns(const Seen& seen)
-      : begin(seen.begin() / kTileColumns * kTileColumns), end(whole_panels(seen.end())) {}
+  explicit Columns(const Seen& seen) : begin(seen.begin() / kTileColumns * kTileColumns), end(padded(seen.end())) {}
 };
 
 // Puts `hidden` for the scores of keys from `column` on that a row does not see.
@@ -188,20 +204,20 @@ void gather(const AttentionArgs& args, const AttentionHeads& heads, int64_t grou
   std::fill(to + tile.rows * stride, to + tile.whole_rows * stride, 0.0f);
 }
 
-// Keys or values of a block as right factor: kAsColumns, its tokens are the columns (kKeyBlock of them), else the
-// steps.
+// Keys or values of a block as right factor: kAsColumns, its tokens are the columns, else the steps. Of the last panel
+// of columns only vectors with tokens are written.
 template <bool kAsColumns, typename T>
-void pack_block(const AttentionArgs& args, const AttentionHeads& heads, int64_t group, int64_t block, int64_t width,
-                float* to) {
-  const int64_t first = block * kKeyBlock, tokens = std::min(kKeyBlock, args.tokens - first);
-  const T* data = row_of<T>(heads, group, first);
+void pack_block(const AttentionHeads& heads, int64_t group, const KeyBlock& block, int64_t width, float* to) {
+  const T* data = row_of<T>(heads, group, block.first);
   if constexpr (kAsColumns) {
-    pack_right(Factor<T>{data, heads.token_stride, 1, tokens, width}, to);
-    if (tokens <= kKeyBlock - kTileColumns) {
-      std::fill(to + whole_panels(tokens) * width, to + kKeyBlock * width, 0.0f);
+    const Factor<T> columns = {data, heads.token_stride, 1, block.tokens, width};
+    for (int64_t first = 0; first < block.tokens; first += kWidth) {
+      const int64_t inside = first % kTileColumns;
+      pack_lanes(columns.part(first, 0, block.tokens - first, width), kTileColumns,
+                 to + (first - inside) * width + inside);
     }
   } else {
-    pack_right(Factor<T>{data, 1, heads.token_stride, width, tokens}, to);
+    pack_right(Factor<T>{data, 1, heads.token_stride, width, block.tokens}, to);
   }
 }
 

@@ -44,24 +44,24 @@ struct PlainLeft {
   float at(int row, int64_t step) const { return data[row * row_stride + step]; }
 };
 
-// Computes out = left @ right for kRows rows and kTileColumns columns, or adds that to `out`.
+// Computes out = left @ right for kRows rows and kVectors vectors of columns, or adds that to `out`.
 // right: (steps, kTileColumns), as pack_right writes it, or with steps that are right_stride apart.
-template <int kRows, bool kAdds, typename Left>
+template <int kRows, bool kAdds, int kVectors = kTileVectors, typename Left>
 inline void multiply_tile(Left left, const float* right, int64_t steps, float* out, int64_t out_stride,
                           int64_t right_stride = kTileColumns) {
-  Vec sums[kRows][kTileVectors] = {};
+  Vec sums[kRows][kVectors] = {};
   for (int64_t step = 0; step < steps; ++step) {
-    Vec columns[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v) columns[v] = load(right + step * right_stride + v * kWidth);
+    Vec columns[kVectors];
+    for (int v = 0; v < kVectors; ++v) columns[v] = load(right + step * right_stride + v * kWidth);
 #pragma GCC unroll 16
     for (int row = 0; row < kRows; ++row) {
       const Vec factor = splat(left.at(row, step));
-      for (int v = 0; v < kTileVectors; ++v) sums[row][v] += factor * columns[v];
+      for (int v = 0; v < kVectors; ++v) sums[row][v] += factor * columns[v];
     }
   }
 #pragma GCC unroll 16
   for (int row = 0; row < kRows; ++row) {
-    for (int v = 0; v < kTileVectors; ++v) {
+    for (int v = 0; v < kVectors; ++v) {
       float* const to = out + row * out_stride + v * kWidth;
       store(to, kAdds ? load(to) + sums[row][v] : sums[row][v]);
     }

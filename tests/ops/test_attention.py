@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from support.attention_op import draw, ours, table_of
 from support.instruction_sets import CPU_FLAGS, check_instruction_set
 from support.row_attention import TREES, dense_mask
-from trl_fast.data.segments import num_tokens, segments_of
+from trl_fast.data.segments import num_tokens
 from trl_fast.ops.attention import TokenTable, row_attention, row_attention_backward
 from trl_fast.ops.backends import supports
 
@@ -34,27 +35,6 @@ MASKS = {
     "runs and a window": {"runs": ((2, 30), (30, 38), (100, 171)), "window": 9},
     "whole runs and a window": {"runs": ((2, 30), (30, 38), (100, 171)), "window": 9, "whole_runs": True},
 }
-
-
-def table_of(trees, *, window=None, runs=(), whole_runs=False):
-    segments = [n for s in segments_of(trees) for n in (s.start, s.end, s.tree_end, s.offset)]
-    return TokenTable(segments, [n for run in runs for n in run], whole_runs, window or 0)
-
-
-def draw(heads, key_heads, width, value_width, tokens, dtype=torch.float32, size=1.0):
-    """Query, key, value and the gradient of the output, numbers that `dtype` holds exactly."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = (heads, width), (key_heads, width), (key_heads, value_width), (heads, value_width)
-    make = [torch.randn(h, tokens, d, generator=generator).to(dtype) for h, d in shapes]
-    return make[0] * size, *make[1:]
-
-
-def ours(given, trees, mask, scale, softcap, backend):
-    query, key, value, grad = given
-    table = table_of(trees, **mask)
-    out, lse = row_attention(query, key, value, table, scale, softcap, backend=backend)
-    found = row_attention_backward(grad, query, key, value, out, lse, table, scale, softcap, backend=backend)
-    return out, lse, *found
 
 
 def plain(given, trees, mask, scale, softcap, dtype):

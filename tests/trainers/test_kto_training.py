@@ -143,6 +143,21 @@ def test_one_pass_or_two_give_the_same(model_path, tmp_path, monkeypatch):
     assert_same_logs(*logs, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.parametrize("copies", [1, 30], ids=["apart", "in one pass"])
+def test_a_policy_that_has_not_changed_has_no_kl(copies, model_path, tmp_path, monkeypatch):
+    """The reference scores mismatched completions beside own ones, the policy apart: other rows, the same bits."""
+    seen = []
+    original = kto.kl_estimate
+    monkeypatch.setattr(kto, "kl_estimate", lambda *given: seen.append(given) or original(*given))
+    arguments = {"train_dataset": with_prompts(copies)}
+    trainer = trainer_in(tmp_path, model_path, arguments=arguments, gradient_accumulation_steps=1, max_steps=1)
+    assert trainer._scores_together(trainer.data_collator.collate(list(trainer.train_dataset))) == (copies == 30)
+    trainer.train()
+    assert seen and losses(trainer)[0]["kl"] == 0
+    for logprobs, reference_logprobs in seen:
+        assert logprobs.all() and torch.equal(logprobs, reference_logprobs)
+
+
 def test_bfloat16_gives_the_gradients_of_float32_nearly(model_path, tmp_path):
     """The pass without gradient comes first and must leave no weights without gradient in autocast's cache."""
     norms = []
