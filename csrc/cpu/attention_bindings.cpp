@@ -114,7 +114,7 @@ void row_attention_gradients(const at::Tensor& grad, const at::Tensor& query, co
   args.deltas = deltas.mutable_data_ptr<float>();
   const AttentionKernels& kernels = attention_kernels();
   at::parallel_for(0, tokens, 16, [&](int64_t begin, int64_t end) { kernels.prepare_backward(args, begin, end); });
-  run_in_order(args.groups * args.num_blocks, kernels.backward_scratch(args),
+  run_in_order(args.groups * args.num_spans, kernels.backward_scratch(args),
                [&](int64_t task, float* scratch) { kernels.backward(args, task, scratch); });
   if (dtype != at::kFloat) grad_query.copy_(sums);
 }

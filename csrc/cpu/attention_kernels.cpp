@@ -2,7 +2,7 @@
 //
 // Forward is the online softmax of FlashAttention (arXiv 2205.14135, algorithm 1). Backward computes the weights again
 // from the log-sum-exp: five products a tile and block, of which those for keys and values are summed over the tiles
-// of a block, and that for queries is added to the gradient block after block.
+// of a block, and that for queries over the blocks of a span, which is added to the gradient span after span.
 #include "attention_kernels.h"
 
 #include <sched.h>
@@ -12,6 +12,7 @@
 namespace {
 
 using trl_fast::Dtype;
+using trl_fast::kSpanBlocks;
 
 // A row's scores are taken relative to a number that is at most so much below their top: it rarely has to be changed,
 // and no weight overflows.
@@ -202,22 +203,27 @@ void prepare_backward(const AttentionArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// What one block of keys needs, and the tile at work.
-struct Backward {
+// What one block of keys needs.
+struct BlockAtWork {
   float* keys;           // right factors: tokens as columns,
   float* values;         //
   float* keys_as_steps;  // and as steps
   float* grad_key;       // (kKeyBlock, key_columns)
   float* grad_value;     // (kKeyBlock, value_columns)
-  float* query;          // (rows, key_columns)
-  float* grad;           // (rows, value_columns)
-  float* weights;        // (rows, kKeyBlock)
-  float* grad_scores;    // (rows, kKeyBlock)
-  float* lse;            // (rows,)
-  float* deltas;         // (rows,)
-  float** grad_query;    // (rows,) their places
-  float* strip;          // (kStrip, key_columns)
-  Seen* seen;            // of each strip
+};
+
+// What the blocks of a span need, and the tile at work.
+struct Backward {
+  BlockAtWork blocks[kSpanBlocks];
+  float* query;        // (rows, key_columns)
+  float* grad;         // (rows, value_columns)
+  float* weights;      // (rows, kKeyBlock)
+  float* grad_scores;  // (rows, kKeyBlock)
+  float* lse;          // (rows,)
+  float* deltas;       // (rows,)
+  float* grad_query;   // (rows, key_columns) of the span's blocks
+  float** sums;        // (rows,) where the gradients of queries are summed over spans
+  Seen* seen;          // of each strip
   int64_t key_columns, value_columns;
 };
 
@@ -226,19 +232,21 @@ Backward backward_room(const AttentionArgs& args, Room& room) {
   Backward b;
   b.key_columns = whole_panels(args.width);
   b.value_columns = whole_panels(args.value_width);
-  b.keys = room.take(kKeyBlock * args.width);
-  b.values = room.take(kKeyBlock * args.value_width);
-  b.keys_as_steps = room.take(kKeyBlock * b.key_columns);
-  b.grad_key = room.take(kKeyBlock * b.key_columns);
-  b.grad_value = room.take(kKeyBlock * b.value_columns);
+  for (BlockAtWork& block : b.blocks) {
+    block.keys = room.take(kKeyBlock * args.width);
+    block.values = room.take(kKeyBlock * args.value_width);
+    block.keys_as_steps = room.take(kKeyBlock * b.key_columns);
+    block.grad_key = room.take(kKeyBlock * b.key_columns);
+    block.grad_value = room.take(kKeyBlock * b.value_columns);
+  }
   b.query = room.take(rows * b.key_columns);
   b.grad = room.take(rows * b.value_columns);
   b.weights = room.take(rows * kKeyBlock);
   b.grad_scores = room.take(rows * kKeyBlock);
   b.lse = room.take(rows);
   b.deltas = room.take(rows);
-  b.grad_query = reinterpret_cast<float**>(room.take(2 * rows));
-  b.strip = room.take(kStrip * b.key_columns);
+  b.grad_query = room.take(rows * b.key_columns);
+  b.sums = reinterpret_cast<float**>(room.take(2 * rows));
   b.seen = reinterpret_cast<Seen*>(room.take(sizeof(Seen) / sizeof(float) * rows / kStrip));
   return b;
 }
@@ -250,13 +258,36 @@ int64_t backward_scratch(const AttentionArgs& args) {
 }
 
 template <typename T>
+void begin_block(const AttentionArgs& args, int64_t group, const KeyBlock& block, const Backward& b,
+                 const BlockAtWork& at_work) {
+  pack_block<true, T>(args.key, group, block, args.width, at_work.keys);
+  pack_block<true, T>(args.value, group, block, args.value_width, at_work.values);
+  pack_block<false, T>(args.key, group, block, args.width, at_work.keys_as_steps);
+  const int64_t rows = (block.tokens + kStrip - 1) / kStrip * kStrip;
+  std::fill(at_work.grad_key, at_work.grad_key + rows * b.key_columns, 0.0f);
+  std::fill(at_work.grad_value, at_work.grad_value + rows * b.value_columns, 0.0f);
+}
+
+template <typename T>
+void end_block(const AttentionArgs& args, int64_t group, const KeyBlock& block, const Backward& b,
+               const BlockAtWork& at_work) {
+  for (int64_t key = 0; key < block.tokens; ++key) {
+    const int64_t token = block.first + key;
+    narrow_chunk(at_work.grad_key + key * b.key_columns, args.width, row_of<T>(args.grad_key, group, token));
+    narrow_chunk(at_work.grad_value + key * b.value_columns, args.value_width,
+                 row_of<T>(args.grad_value, group, token));
+  }
+}
+
+template <typename T>
 void load_tile(const AttentionArgs& args, const Backward& b, const Tile& tile, int64_t group) {
   gather<T>(args, args.query, group, tile, args.width, b.key_columns, b.query);
   gather<T>(args, args.grad, group, tile, args.value_width, b.value_columns, b.grad);
+  std::fill(b.grad_query, b.grad_query + tile.whole_rows * b.key_columns, 0.0f);
   for_rows(args, group, tile, [&](int64_t row, int64_t head, int64_t token) {
     b.lse[row] = args.lse[head * args.tokens + token];
     b.deltas[row] = args.deltas[head * args.tokens + token];
-    b.grad_query[row] = row_of<float>(args.grad_query, head, token);
+    b.sums[row] = row_of<float>(args.grad_query, head, token);
   });
 }
 
@@ -289,8 +320,8 @@ void differentiate(const AttentionArgs& args, const Backward& b, int64_t row, co
 }
 
 // Computes weights (rows, kKeyBlock) of a tile and the gradient of its scores, zeros where nothing is seen.
-void compute_tile_weights(const AttentionArgs& args, const Backward& b, const Tile& tile) {
-  for (int64_t row = 0; row < tile.whole_rows; row += kStrip) {
+void compute_tile_weights(const AttentionArgs& args, const Backward& b, const Tile& tile, const BlockAtWork& block) {
+  for (int64_t row = 0; row < tile.rows; row += kStrip) {
     const Seen& seen = b.seen[row / kStrip];
     float* const weights = b.weights + row * kKeyBlock;
     float* const grad_scores = b.grad_scores + row * kKeyBlock;
@@ -302,17 +333,17 @@ void compute_tile_weights(const AttentionArgs& args, const Backward& b, const Ti
     const Columns at(seen);
     const int64_t size = at.end - at.begin;
     multiply_strip<false>(seen.rows, PlainLeft{b.query + row * b.key_columns, b.key_columns},
-                          b.keys + at.begin * args.width, kTileColumns * args.width, args.width, size,
+                          block.keys + at.begin * args.width, kTileColumns * args.width, args.width, size,
                           weights + at.begin, kKeyBlock);
     multiply_strip<false>(seen.rows, PlainLeft{b.grad + row * b.value_columns, b.value_columns},
-                          b.values + at.begin * args.value_width, kTileColumns * args.value_width, args.value_width,
-                          size, grad_scores + at.begin, kKeyBlock);
+                          block.values + at.begin * args.value_width, kTileColumns * args.value_width,
+                          args.value_width, size, grad_scores + at.begin, kKeyBlock);
     (args.softcap ? differentiate<true> : differentiate<false>)(args, b, row, seen, at);
   }
 }
 
 // Adds a tile's share of the gradients of a block's keys and values.
-void add_to_block(const Backward& b, const Tile& tile, const KeyBlock& block) {
+void add_to_keys(const Backward& b, const Tile& tile, const KeyBlock& block, const BlockAtWork& at_work) {
   for (int64_t key = 0; key < block.tokens; key += kStrip) {
     const uint64_t keys = ((uint64_t{1} << kStrip) - 1) << key;
     const int64_t rows = std::min(kStrip, block.tokens - key);
@@ -320,30 +351,33 @@ void add_to_block(const Backward& b, const Tile& tile, const KeyBlock& block) {
     while (begin < end && !(b.seen[begin / kStrip].any & keys)) begin += kStrip;
     while (begin < end && !(b.seen[end / kStrip - 1].any & keys)) end -= kStrip;
     if (begin == end) continue;
-    const int64_t steps = std::min(end, tile.rows) - begin;
-    const int64_t from = begin * kKeyBlock + key;
+    const int64_t steps = std::min(end, tile.rows) - begin, from = begin * kKeyBlock + key;
     multiply_rows<true>(rows, TransposedLeft{b.weights + from, kKeyBlock}, b.grad + begin * b.value_columns,
-                        b.value_columns, steps, b.value_columns, b.grad_value + key * b.value_columns,
+                        b.value_columns, steps, b.value_columns, at_work.grad_value + key * b.value_columns,
                         b.value_columns);
     multiply_rows<true>(rows, TransposedLeft{b.grad_scores + from, kKeyBlock}, b.query + begin * b.key_columns,
-                        b.key_columns, steps, b.key_columns, b.grad_key + key * b.key_columns, b.key_columns);
+                        b.key_columns, steps, b.key_columns, at_work.grad_key + key * b.key_columns, b.key_columns);
   }
 }
 
 // Adds a block's share of the gradient of a tile's queries.
-void add_to_queries(const AttentionArgs& args, const Backward& b, const Tile& tile, int64_t tokens) {
-  for (int64_t row = 0; row < tile.whole_rows; row += kStrip) {
+void add_to_queries(const Backward& b, const Tile& tile, const KeyBlock& block, const BlockAtWork& at_work) {
+  for (int64_t row = 0; row < tile.rows; row += kStrip) {
     const Seen& seen = b.seen[row / kStrip];
     if (!seen.any) continue;
-    multiply_strip<false>(seen.rows, PlainLeft{b.grad_scores + row * kKeyBlock + seen.begin(), kKeyBlock},
-                          b.keys_as_steps + seen.begin() * kTileColumns, tokens * kTileColumns,
-                          seen.end() - seen.begin(), b.key_columns, b.strip, b.key_columns);
-    for (int64_t r = row; r < row + seen.rows; ++r) {
-      const float* sums = b.strip + (r - row) * b.key_columns;
-      float* const to = b.grad_query[r];
-      for (int64_t i = 0; i < args.width; i += kWidth) {
-        narrow_part(widen_first(to + i, args.width - i) + load(sums + i), args.width - i, to + i);
-      }
+    multiply_strip<true>(seen.rows, PlainLeft{b.grad_scores + row * kKeyBlock + seen.begin(), kKeyBlock},
+                         at_work.keys_as_steps + seen.begin() * kTileColumns, block.tokens * kTileColumns,
+                         seen.end() - seen.begin(), b.key_columns, b.grad_query + row * b.key_columns, b.key_columns);
+  }
+}
+
+// Adds a span's share of the gradient of a tile's queries to the sums of all spans.
+void add_span(const AttentionArgs& args, const Backward& b, const Tile& tile) {
+  for (int64_t row = 0; row < tile.rows; ++row) {
+    const float* const share = b.grad_query + row * b.key_columns;
+    float* const sums = b.sums[row];
+    for (int64_t i = 0; i < args.width; i += kWidth) {
+      narrow_part(widen_first(sums + i, args.width - i) + load(share + i), args.width - i, sums + i);
     }
   }
 }
@@ -351,33 +385,28 @@ void add_to_queries(const AttentionArgs& args, const Backward& b, const Tile& ti
 template <typename T>
 void backward(const AttentionArgs& args, int64_t task, float* scratch) {
   const int64_t group = task % args.groups, number = task / args.groups;
-  const KeyBlock& block = args.plan.blocks[number];
+  const trl_fast::KeySpan& span = args.plan.spans[number];
+  const KeyBlock* const blocks = args.plan.blocks + span.first_block;
   Room room{scratch};
   const Backward b = backward_room(args, room);
-  pack_block<true, T>(args.key, group, block, args.width, b.keys);
-  pack_block<true, T>(args.value, group, block, args.value_width, b.values);
-  pack_block<false, T>(args.key, group, block, args.width, b.keys_as_steps);
-  const int64_t strips = (block.tokens + kStrip - 1) / kStrip;
-  std::fill(b.grad_key, b.grad_key + strips * kStrip * b.key_columns, 0.0f);
-  std::fill(b.grad_value, b.grad_value + strips * kStrip * b.value_columns, 0.0f);
-  for (int64_t n = args.plan.block_offsets[number]; n < args.plan.block_offsets[number + 1]; ++n) {
-    const int64_t index = args.plan.block_tiles[n];
+  for (int64_t n = 0; n < span.num_blocks; ++n) begin_block<T>(args, group, blocks[n], b, b.blocks[n]);
+  for (int64_t place = args.plan.span_offsets[number]; place < args.plan.span_offsets[number + 1]; ++place) {
+    const int64_t index = args.plan.span_tiles[place];
     const Tile tile = tile_of(args, index);
     load_tile<T>(args, b, tile, group);
-    look(args, tile, block, b.seen);
-    compute_tile_weights(args, b, tile);
-    add_to_block(b, tile, block);
-    // In the order of the blocks, whoever computes them: sums do not depend on the number of threads.
+    for (int64_t n = 0; n < span.num_blocks; ++n) {
+      if (!look(args, tile, blocks[n], b.seen)) continue;
+      compute_tile_weights(args, b, tile, b.blocks[n]);
+      add_to_keys(b, tile, blocks[n], b.blocks[n]);
+      add_to_queries(b, tile, blocks[n], b.blocks[n]);
+    }
+    // In the order of the spans, whoever computes them: sums do not depend on the number of threads.
     int32_t* const turn = args.turns + group * args.num_tiles + index;
-    while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != args.plan.block_turns[n]) sched_yield();
-    add_to_queries(args, b, tile, block.tokens);
-    __atomic_store_n(turn, args.plan.block_turns[n] + 1, __ATOMIC_RELEASE);
+    while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != args.plan.span_turns[place]) sched_yield();
+    add_span(args, b, tile);
+    __atomic_store_n(turn, args.plan.span_turns[place] + 1, __ATOMIC_RELEASE);
   }
-  for (int64_t key = 0; key < block.tokens; ++key) {
-    const int64_t token = block.first + key;
-    narrow_chunk(b.grad_key + key * b.key_columns, args.width, row_of<T>(args.grad_key, group, token));
-    narrow_chunk(b.grad_value + key * b.value_columns, args.value_width, row_of<T>(args.grad_value, group, token));
-  }
+  for (int64_t n = 0; n < span.num_blocks; ++n) end_block<T>(args, group, blocks[n], b, b.blocks[n]);
 }
 
 // One of three functions by the dtype of `args`.

@@ -15,6 +15,10 @@ namespace trl_fast {
 
 // Keys of a block: which of them a token sees are the bits of a word.
 constexpr int64_t kKeyBlock = 64;
+// Backward takes up to so many blocks together: it reads and writes a tile's rows once for all of them. But threads
+// share a segment's blocks, so where it has no more than kLeastSpans it takes them one by one.
+constexpr int64_t kSpanBlocks = 4;
+constexpr int64_t kLeastSpans = 8;
 // A tile has about so many rows, one for each of its tokens and heads of the group.
 constexpr int64_t kAimedRows = 96;
 // Rows are multiplied in strips of at most so many.
@@ -48,24 +52,30 @@ struct KeyBlock {
   int32_t first, tokens, origin, place;
 };
 
+// Up to kSpanBlocks blocks of one segment, one after the other.
+struct KeySpan {
+  int32_t first_block, num_blocks;
+};
+
 // Which tiles see keys of which blocks: none but those of their own segment and of those that this one continues.
-// Blocks of tile i: tile_blocks[tile_offsets[i]], ..., in ascending order. Tiles of block i:
-// block_tiles[block_offsets[i]], ..., and which one of the tile's blocks it is, block_turns.
+// Blocks of tile i: tile_blocks[tile_offsets[i]], ..., in ascending order. Tiles of span i:
+// span_tiles[span_offsets[i]], ..., and which one of the tile's spans it is, span_turns.
 struct AttentionPlan {
   const QueryTile* tiles;
   const KeyBlock* blocks;
   const int32_t* tile_offsets;
   const int32_t* tile_blocks;
-  const int32_t* block_offsets;
-  const int32_t* block_tiles;
-  const int32_t* block_turns;
+  const KeySpan* spans;
+  const int32_t* span_offsets;
+  const int32_t* span_tiles;
+  const int32_t* span_turns;
 };
 
 struct AttentionArgs {
   Dtype dtype;  // of heads, but for grad_query
   int64_t tokens, groups, group_size, width, value_width;
-  int64_t tile_tokens, num_tiles, num_blocks;  // tile_tokens: of the largest tiles
-  int64_t key_places;                          // of a group's packed keys
+  int64_t tile_tokens, num_tiles, num_blocks, num_spans;  // tile_tokens: of the largest tiles
+  int64_t key_places;                                     // of a group's packed keys
   float scale;
   float softcap;  // scores are softcap * tanh(scores / softcap); 0: as they are
   AttentionMask mask;
@@ -79,7 +89,7 @@ struct AttentionArgs {
   AttentionHeads grad, grad_key, grad_value;
   AttentionHeads grad_query;  // float32, zeros before
   float* deltas;              // (heads, T): sum of gradient times output
-  int32_t* turns;             // (groups, num_tiles), zeros before: how many blocks have added to a tile's gradient
+  int32_t* turns;             // (groups, num_tiles), zeros before: how many spans have added to a tile's gradient
 };
 
 struct AttentionKernels {
@@ -90,7 +100,7 @@ struct AttentionKernels {
   void (*pack)(const AttentionArgs&, int64_t begin, int64_t end);              // groups x blocks
   void (*forward)(const AttentionArgs&, int64_t task, float* scratch);         // tiles x groups, the longest first
   void (*prepare_backward)(const AttentionArgs&, int64_t begin, int64_t end);  // tokens
-  // Blocks x groups. A task waits for tasks of smaller numbers, so they must be begun in order.
+  // Spans x groups. A task waits for tasks of smaller numbers, so they must be begun in order.
   void (*backward)(const AttentionArgs&, int64_t task, float* scratch);
 };
 

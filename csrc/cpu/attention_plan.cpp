@@ -74,21 +74,38 @@ void cut_tiles(const AttentionArgs& args, AttentionRow& row, const std::vector<i
   }
 }
 
-// Lists the tiles of each block.
-void turn_around(AttentionRow& row) {
-  std::vector<std::vector<std::pair<int32_t, int32_t>>> tiles_of(row.blocks.size());
-  for (size_t tile = 0; tile < row.tiles.size(); ++tile) {
-    for (int32_t n = row.tile_offsets[tile]; n < row.tile_offsets[tile + 1]; ++n) {
-      tiles_of[row.tile_blocks[n]].emplace_back(tile, n - row.tile_offsets[tile]);
+// Puts the blocks of each segment together to spans; returns the span of each block.
+std::vector<int32_t> cut_spans(AttentionRow& row, const std::vector<int64_t>& first_blocks) {
+  std::vector<int32_t> span_of(row.blocks.size());
+  for (size_t n = 0; n < row.segments.size(); ++n) {
+    const int64_t most = std::clamp((first_blocks[n + 1] - first_blocks[n]) / kLeastSpans, int64_t{1}, kSpanBlocks);
+    for (int64_t first = first_blocks[n]; first < first_blocks[n + 1]; first += most) {
+      const int64_t blocks = std::min(most, first_blocks[n + 1] - first);
+      std::fill_n(span_of.begin() + first, blocks, row.spans.size());
+      row.spans.push_back({static_cast<int32_t>(first), static_cast<int32_t>(blocks)});
     }
   }
-  row.block_offsets.push_back(0);
+  return span_of;
+}
+
+// Lists the tiles of each span.
+void turn_around(AttentionRow& row, const std::vector<int32_t>& span_of) {
+  std::vector<std::vector<std::pair<int32_t, int32_t>>> tiles_of(row.spans.size());
+  for (size_t tile = 0; tile < row.tiles.size(); ++tile) {
+    int32_t last = -1, turn = 0;
+    for (int32_t n = row.tile_offsets[tile]; n < row.tile_offsets[tile + 1]; ++n) {
+      const int32_t span = span_of[row.tile_blocks[n]];
+      if (span != last) tiles_of[span].emplace_back(tile, turn++);
+      last = span;
+    }
+  }
+  row.span_offsets.push_back(0);
   for (const auto& tiles : tiles_of) {
     for (const auto& [tile, turn] : tiles) {
-      row.block_tiles.push_back(tile);
-      row.block_turns.push_back(turn);
+      row.span_tiles.push_back(tile);
+      row.span_turns.push_back(turn);
     }
-    row.block_offsets.push_back(row.block_tiles.size());
+    row.span_offsets.push_back(row.span_tiles.size());
   }
 }
 
@@ -135,14 +152,16 @@ void plan_attention(AttentionArgs& args, AttentionRow& row, int64_t window) {
   args.mask = {row.positions.data(), row.first_in_runs.data(), row.ends_of_runs.data(), window};
   args.tile_tokens = tile_tokens(args.group_size);
   args.key_places = 0;
-  cut_tiles(args, row, cut_blocks(row, args.key_places));
-  turn_around(row);
+  const std::vector<int64_t> first_blocks = cut_blocks(row, args.key_places);
+  cut_tiles(args, row, first_blocks);
+  turn_around(row, cut_spans(row, first_blocks));
   args.num_tiles = row.tiles.size();
   args.num_blocks = row.blocks.size();
+  args.num_spans = row.spans.size();
   row.turns.assign(args.groups * args.num_tiles, 0);
   args.turns = row.turns.data();
-  args.plan = {row.tiles.data(),         row.blocks.data(),      row.tile_offsets.data(), row.tile_blocks.data(),
-               row.block_offsets.data(), row.block_tiles.data(), row.block_turns.data()};
+  args.plan = {row.tiles.data(), row.blocks.data(),       row.tile_offsets.data(), row.tile_blocks.data(),
+               row.spans.data(), row.span_offsets.data(), row.span_tiles.data(),   row.span_turns.data()};
 }
 
 }  // namespace trl_fast

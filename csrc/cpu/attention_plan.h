@@ -20,7 +20,8 @@ struct AttentionRow {
   std::vector<int32_t> positions, first_in_runs, ends_of_runs;
   std::vector<QueryTile> tiles;
   std::vector<KeyBlock> blocks;
-  std::vector<int32_t> tile_offsets, tile_blocks, block_offsets, block_tiles, block_turns, turns;
+  std::vector<KeySpan> spans;
+  std::vector<int32_t> tile_offsets, tile_blocks, span_offsets, span_tiles, span_turns, turns;
 
   // segments: start, end, tree_end, offset of each; runs: start and end of each, in tokens of the row. Throws
   // std::invalid_argument if they are not those of a row of so many tokens.

@@ -151,14 +151,16 @@ struct Seen {
   int64_t end() const { return kKeyBlock - __builtin_clzll(any); }
 };
 
-// Writes what each strip of a tile sees of a block.
-void look(const AttentionArgs& args, const Tile& tile, const KeyBlock& block, Seen* seen) {
+// Writes what each strip of a tile sees of a block; returns whether that is anything.
+bool look(const AttentionArgs& args, const Tile& tile, const KeyBlock& block, Seen* seen) {
   int64_t row = 0;
+  uint64_t any = 0;
   const auto add = [&](uint64_t keys) {
     Seen& strip = seen[row / kStrip];
     if (row % kStrip == 0) strip.any = strip.rows = 0, strip.all = ~uint64_t{0};
     strip.by_row[strip.rows++] = keys;
     strip.any |= keys;
+    any |= keys;
     strip.all &= keys;
     ++row;
   };
@@ -166,6 +168,7 @@ void look(const AttentionArgs& args, const Tile& tile, const KeyBlock& block, Se
     const uint64_t keys = keys_seen(args.mask, tile.first + t, block);
     for (int64_t head = 0; head < args.group_size; ++head) add(keys);
   }
+  return any != 0;
 }
 
 // Columns of scores, whole vectors from a panel's begin on, in which a strip sees keys.

@@ -98,7 +98,7 @@ std::vector<float> run(const Shape& shape, int num_threads) {
   run_in_order(num_threads, args.groups * args.num_tiles, kernels.forward_scratch(args),
                [&](int64_t task, float* scratch) { kernels.forward(args, task, scratch); });
   kernels.prepare_backward(args, 0, tokens);
-  run_in_order(num_threads, args.groups * args.num_blocks, kernels.backward_scratch(args),
+  run_in_order(num_threads, args.groups * args.num_spans, kernels.backward_scratch(args),
                [&](int64_t task, float* scratch) { kernels.backward(args, task, scratch); });
   std::vector<float> all = lse;
   for (const HeadsMemory* m : {&out, &grad_query, &grad_key, &grad_value}) {
@@ -115,6 +115,7 @@ int main() {
       {1, 1, 5, 3, 20, {0, 1, 1, 0, 1, 131, 131, 0}, {40, 90, 100, 101}, 1.5f},
       {1, 7, 1, 9, 65, {0, 65, 65, 0}, {}, 0.0f},
       {1, 2, 8, 8, 30, {0, 7, 12, 0, 7, 12, 12, 7, 12, 13, 13, 0, 13, 83, 90, 0, 83, 90, 90, 70}, {20, 25}, 0.0f},
+      {1, 2, 2, 2, 700, {0, 1050, 1060, 0, 1050, 1060, 1060, 1050}, {}, 0.0f},
       {2, 1, 8, 8, 1, {}, {}, 0.0f},
   };
   for (const Shape& shape : shapes) {

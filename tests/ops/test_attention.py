@@ -108,6 +108,13 @@ def test_a_long_prompt_and_many_branches():
     check(draw(2, 1, 64, 64, num_tokens(trees[0])), trees)
 
 
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("tokens", [1100, 2100])
+def test_long_sequences(tokens, window):
+    """Backward takes two and four of their blocks together."""
+    check(draw(2, 1, 16, 16, tokens + 30), ((tokens, 30),), {"window": window})
+
+
 @pytest.mark.parametrize("size", [1e-20, 30.0, 3e3])
 def test_scores_of_any_size(size):
     """Scores of 1e4 and more: a token attends to one key alone; and all alike."""

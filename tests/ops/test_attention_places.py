@@ -69,6 +69,11 @@ def test_a_tree_has_its_bits_in_every_place(tree, heads):
         check_places(heads, tree, mask)
 
 
+@pytest.mark.parametrize("window", [None, 300])
+def test_a_long_tree_whose_blocks_are_taken_together(window):
+    check_places((2, 1, 8, 8), (1100, 40), {"window": window})
+
+
 def test_with_a_cap_and_in_16_bits():
     check_places(HEADS[0], TREES["branches"], {}, softcap=1.5)
     for dtype in (torch.bfloat16, torch.float16):
