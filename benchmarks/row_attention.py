@@ -4,8 +4,8 @@
 
 Forward and backward of one layer, in turns in one process; the heads are SmolLM2-135M's: query heads, key heads,
 width. A row is one sequence, a prompt of half its tokens with four branches, or sequences of 40 tokens. The figures
-are the shortest times of all rounds: CPU time with one thread, since others may be at work on the machine, wall-clock time
-with more. Rounds of a row end after `--seconds`, but two are made: in all it takes a few minutes.
+are the shortest times of all rounds: CPU time with one thread, since others may be at work on the machine, wall-clock
+time with more. Rounds of a row end after `--seconds`, but two are made: in all it takes a few minutes.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ void pack(const AttentionArgs& args, int64_t begin, int64_t end) {
 
 // Rows of a tile while it goes over its blocks.
 struct Softmax {
-  float* query;   // (rows, padded width)
+  float* query;   // (rows, padded width), times the scale
   float* out;     // (rows, columns), relative to e^top
   float* tops;    // (rows,) what exponents are relative to
   float* sums;    // (rows, kWidth) of weights
@@ -79,11 +79,11 @@ int64_t forward_scratch(const AttentionArgs& args) {
 }
 
 // Raises the tops of a strip's rows to their largest score.
-void raise_tops(const Softmax& state, int64_t row, const Seen& seen, Columns at, Vec scale) {
+void raise_tops(const Softmax& state, int64_t row, const Seen& seen, Columns at) {
   for (int64_t r = 0; r < seen.rows; ++r) {
     Vec largest = splat(kLowest);
     for (int64_t i = at.begin; i < at.end; i += kWidth) {
-      largest = maximum(load(state.scores + r * kKeyBlock + i) * scale, largest);
+      largest = maximum(load(state.scores + r * kKeyBlock + i), largest);
     }
     float& top = state.tops[row + r];
     const float raised = max_lanes(largest);
@@ -99,9 +99,9 @@ void raise_tops(const Softmax& state, int64_t row, const Seen& seen, Columns at,
   }
 }
 
-// Puts caps on a strip's scores, times the scale.
+// Puts caps on a strip's scores.
 void cap(const AttentionArgs& args, float* scores, const Seen& seen, Columns at) {
-  const Vec inner = splat(args.scale / args.softcap), softcap = splat(args.softcap);
+  const Vec inner = splat(1.0f / args.softcap), softcap = splat(args.softcap);
   for (int64_t r = 0; r < seen.rows; ++r) {
     for (int64_t i = at.begin; i < at.end; i += kWidth) {
       float* const x = scores + r * kKeyBlock + i;
@@ -111,7 +111,7 @@ void cap(const AttentionArgs& args, float* scores, const Seen& seen, Columns at)
 }
 
 // Turns a strip's scores into weights relative to its tops, and adds them up.
-void compute_weights(const Softmax& state, int64_t row, const Seen& seen, Columns at, Vec scale) {
+void compute_weights(const Softmax& state, int64_t row, const Seen& seen, Columns at) {
   Vec excess = splat(kLowest);
   for (int64_t r = 0; r < seen.rows; ++r) {
     float* const scores = state.scores + r * kKeyBlock;
@@ -119,17 +119,17 @@ void compute_weights(const Softmax& state, int64_t row, const Seen& seen, Column
     for (int64_t i = at.begin; i < at.end; i += kWidth) {
       Vec x = load(scores + i);
       if (seen.all != ~uint64_t{0}) store(scores + i, x = only_seen(x, seen.by_row[r], i, -kInf));
-      largest = maximum(x * scale, largest);
+      largest = maximum(x, largest);
     }
     excess = maximum(largest - splat(state.tops[row + r]), excess);
   }
-  if (max_lanes(excess) > kSlack) raise_tops(state, row, seen, at, scale);
+  if (max_lanes(excess) > kSlack) raise_tops(state, row, seen, at);
   for (int64_t r = 0; r < seen.rows; ++r) {
     float* const scores = state.scores + r * kKeyBlock;
     const Vec top = splat(state.tops[row + r]);
     Vec sums[2] = {load(state.sums + (row + r) * kWidth), Vec{}};
     const auto weigh = [&](int64_t i, Vec& sum) {
-      const Vec weights = weight_vec(load(scores + i) * scale - top);
+      const Vec weights = weight_vec(load(scores + i) - top);
       store(scores + i, weights);
       sum += weights;
     };
@@ -145,7 +145,6 @@ void attend_block(const AttentionArgs& args, const Softmax& state, const Tile& t
   const int64_t stride = padded(args.width);
   const float* keys = packed_keys(args, group, block);
   const float* values = packed_values(args, group, block);
-  const Vec scale = splat(args.softcap ? 1.0f : args.scale);
   for (int64_t row = 0; row < tile.whole_rows; row += kStrip) {
     const Seen& seen = state.seen[row / kStrip];
     if (!seen.any) continue;
@@ -154,7 +153,7 @@ void attend_block(const AttentionArgs& args, const Softmax& state, const Tile& t
                           kTileColumns * args.width, args.width, at.end - at.begin, state.scores + at.begin,
                           kKeyBlock);
     if (args.softcap) cap(args, state.scores, seen, at);
-    compute_weights(state, row, seen, at, scale);
+    compute_weights(state, row, seen, at);
     multiply_strip<true>(seen.rows, PlainLeft{state.scores + seen.begin(), kKeyBlock},
                          values + seen.begin() * kTileColumns, block.tokens * kTileColumns, seen.end() - seen.begin(),
                          state.columns, state.out + row * state.columns, state.columns);
@@ -167,7 +166,7 @@ void forward(const AttentionArgs& args, int64_t task, float* scratch) {
   const Tile tile = tile_of(args, index);
   Room room{scratch};
   const Softmax state = forward_room(args, room);
-  gather<T>(args, args.query, group, tile, args.width, padded(args.width), state.query);
+  gather<T>(args, args.query, group, tile, args.width, args.scale, padded(args.width), state.query);
   std::fill(state.out, state.out + tile.whole_rows * state.columns, 0.0f);
   std::fill(state.sums, state.sums + tile.whole_rows * kWidth, 0.0f);
   std::fill(state.tops, state.tops + tile.whole_rows, kLowest);
@@ -188,17 +187,27 @@ void forward(const AttentionArgs& args, int64_t task, float* scratch) {
 
 // ---- backward
 
+// Sums gradient times output of each row channel after channel, as tiles of products do: a token that sees one key has
+// that one's value as output, and the gradient of its score is exactly 0.
 template <typename T>
 void prepare_backward(const AttentionArgs& args, int64_t begin, int64_t end) {
-  for (int64_t token = begin; token < end; ++token) {
-    for (int64_t head = 0; head < args.groups * args.group_size; ++head) {
-      const T* grad = row_of<T>(args.grad, head, token);
-      const T* out = row_of<T>(args.out, head, token);
-      Vec sum = {};
-      for (int64_t i = 0; i < args.value_width; i += kWidth) {
-        sum += widen_first(grad + i, args.value_width - i) * widen_first(out + i, args.value_width - i);
+  constexpr int64_t kSteps = 64;
+  float grads[kSteps * kWidth], outs[kSteps * kWidth];
+  for (int64_t head = 0; head < args.groups * args.group_size; ++head) {
+    for (int64_t token = begin; token < end; token += kWidth) {
+      const int64_t lanes = std::min<int64_t>(kWidth, end - token);
+      Vec sums = {};
+      for (int64_t channel = 0; channel < args.value_width; channel += kSteps) {
+        const int64_t steps = std::min(kSteps, args.value_width - channel);
+        const auto pack = [&](const AttentionHeads& heads, float* to) {
+          const T* const from = row_of<const T>(heads, head, token) + channel;
+          pack_lanes(Factor<T>{from, heads.token_stride, 1, lanes, steps}, kWidth, to);
+        };
+        pack(args.grad, grads);
+        pack(args.out, outs);
+        for (int64_t i = 0; i < steps * kWidth; i += kWidth) sums += load(grads + i) * load(outs + i);
       }
-      args.deltas[head * args.tokens + token] = sum_lanes(sum);
+      narrow_part(sums, lanes, args.deltas + head * args.tokens + token);
     }
   }
 }
@@ -215,13 +224,13 @@ struct BlockAtWork {
 // What the blocks of a span need, and the tile at work.
 struct Backward {
   BlockAtWork blocks[kSpanBlocks];
-  float* query;        // (rows, key_columns)
+  float* query;        // (rows, key_columns), times the scale
   float* grad;         // (rows, value_columns)
   float* weights;      // (rows, kKeyBlock)
   float* grad_scores;  // (rows, kKeyBlock)
   float* lse;          // (rows,)
   float* deltas;       // (rows,)
-  float* grad_query;   // (rows, key_columns) of the span's blocks
+  float* grad_query;   // (rows, key_columns) of the span's blocks, without the scale
   float** sums;        // (rows,) where the gradients of queries are summed over spans
   Seen* seen;          // of each strip
   int64_t key_columns, value_columns;
@@ -281,8 +290,8 @@ void end_block(const AttentionArgs& args, int64_t group, const KeyBlock& block, 
 
 template <typename T>
 void load_tile(const AttentionArgs& args, const Backward& b, const Tile& tile, int64_t group) {
-  gather<T>(args, args.query, group, tile, args.width, b.key_columns, b.query);
-  gather<T>(args, args.grad, group, tile, args.value_width, b.value_columns, b.grad);
+  gather<T>(args, args.query, group, tile, args.width, args.scale, b.key_columns, b.query);
+  gather<T>(args, args.grad, group, tile, args.value_width, 1.0f, b.value_columns, b.grad);
   std::fill(b.grad_query, b.grad_query + tile.whole_rows * b.key_columns, 0.0f);
   for_rows(args, group, tile, [&](int64_t row, int64_t head, int64_t token) {
     b.lse[row] = args.lse[head * args.tokens + token];
@@ -291,19 +300,18 @@ void load_tile(const AttentionArgs& args, const Backward& b, const Tile& tile, i
   });
 }
 
-// Scores from products of queries and keys; and the derivative of capped scores, if there is a cap.
+// Scores from products of scaled queries and keys; and the derivative of capped scores, if there is a cap.
 template <bool kCapped>
 inline Vec scores_of(const AttentionArgs& args, Vec products, Vec* derivative) {
-  if constexpr (!kCapped) return products * splat(args.scale);
-  const Tanh tanh = tanh_vec(products * splat(args.scale / args.softcap));
+  if constexpr (!kCapped) return products;
+  const Tanh tanh = tanh_vec(products * splat(1.0f / args.softcap));
   *derivative = tanh.derivative;
   return tanh.value * splat(args.softcap);
 }
 
-// Computes a strip's weights and the gradient of its scores, times the scale, from the products that stand there.
+// Computes a strip's weights and the gradient of its scores from the products that stand there.
 template <bool kCapped>
 void differentiate(const AttentionArgs& args, const Backward& b, int64_t row, const Seen& seen, Columns at) {
-  const Vec scale = splat(args.scale);
   for (int64_t r = row; r < row + seen.rows; ++r) {
     float* const weights = b.weights + r * kKeyBlock;
     float* const grad_scores = b.grad_scores + r * kKeyBlock;
@@ -313,7 +321,7 @@ void differentiate(const AttentionArgs& args, const Backward& b, int64_t row, co
       Vec w = weight_vec(scores_of<kCapped>(args, load(weights + i), &derivative) - lse);
       if (seen.all != ~uint64_t{0}) w = only_seen(w, seen.by_row[r - row], i, 0.0f);
       store(weights + i, w);
-      const Vec by_score = w * scale * (load(grad_scores + i) - delta);
+      const Vec by_score = w * (load(grad_scores + i) - delta);
       store(grad_scores + i, kCapped ? by_score * derivative : by_score);
     }
   }
@@ -371,13 +379,14 @@ void add_to_queries(const Backward& b, const Tile& tile, const KeyBlock& block, 
   }
 }
 
-// Adds a span's share of the gradient of a tile's queries to the sums of all spans.
+// Adds a span's share of the gradient of a tile's queries, times the scale, to the sums of all spans.
 void add_span(const AttentionArgs& args, const Backward& b, const Tile& tile) {
   for (int64_t row = 0; row < tile.rows; ++row) {
     const float* const share = b.grad_query + row * b.key_columns;
     float* const sums = b.sums[row];
     for (int64_t i = 0; i < args.width; i += kWidth) {
-      narrow_part(widen_first(sums + i, args.width - i) + load(share + i), args.width - i, sums + i);
+      const Vec sum = widen_first(sums + i, args.width - i) + load(share + i) * splat(args.scale);
+      narrow_part(sum, args.width - i, sums + i);
     }
   }
 }

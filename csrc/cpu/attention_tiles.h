@@ -196,12 +196,15 @@ inline void for_rows(const AttentionArgs& args, int64_t group, const Tile& tile,
   }
 }
 
-// Widens a tile's rows of (heads, T, width) to (whole_rows, stride), with zeros for what is missing.
+// Widens a tile's rows of (heads, T, width), times a factor, to (whole_rows, stride), with zeros for what is missing.
 template <typename T>
 void gather(const AttentionArgs& args, const AttentionHeads& heads, int64_t group, const Tile& tile, int64_t width,
-            int64_t stride, float* to) {
+            float factor, int64_t stride, float* to) {
   for_rows(args, group, tile, [&](int64_t row, int64_t head, int64_t token) {
-    widen_chunk(row_of<const T>(heads, head, token), width, 0.0f, to + row * stride);
+    const T* const from = row_of<const T>(heads, head, token);
+    for (int64_t i = 0; i < width; i += kWidth) {
+      store(to + row * stride + i, widen_first(from + i, width - i) * splat(factor));
+    }
     std::fill(to + row * stride + padded(width), to + (row + 1) * stride, 0.0f);
   });
   std::fill(to + tile.rows * stride, to + tile.whole_rows * stride, 0.0f);
