@@ -10,6 +10,7 @@ import torch
 from support.models import tiny_model
 from support.trees import random_trees
 from trl_fast.data import pack_trees
+from trl_fast.data.token_trees import Tree
 from trl_fast.modeling.scoring import attach_scoring, evaluating, score
 from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.tiled_mlp import tile_mlps
@@ -67,3 +68,24 @@ def test_tiles_of_the_mlp_are_those_of_scoring_too(layout):
     trained = score(model, batch).tokens.logprobs.detach()
     with evaluating(model):
         assert torch.equal(score(model, batch).tokens.logprobs, trained)
+
+
+@pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
+def test_a_tree_has_the_same_log_probs_in_every_batch_on_a_cpu(layout):
+    """Alone, behind others of odd lengths and before them; and a sequence beside other branches of its prompt."""
+    model = model_of(layout, torch.float32)
+    first, second, third, fourth = random_trees(TREES)
+
+    def logprobs(*trees):
+        batch = pack_trees(trees, layout, 2)
+        with evaluating(model):
+            found = score(model, batch).tokens.logprobs
+        return [found[batch.branch == place] for place in range(len(batch))]
+
+    alone = [sequence for tree in (first, second, third, fourth) for sequence in logprobs(tree)]
+    for order in ((0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)):
+        trees = [(first, second, third, fourth)[place] for place in order]
+        expected = [alone[branch] for place in order for branch in ([0, 1], [2, 3, 4], [5], [6, 7])[place]]
+        assert all(map(torch.equal, logprobs(*trees), expected))
+    for place, branch in enumerate(second.branches):
+        assert torch.equal(logprobs(Tree(second.prompt_ids, [branch]))[0], alone[2 + place])
