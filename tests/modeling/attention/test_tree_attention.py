@@ -133,14 +133,10 @@ def test_what_the_flash_kernel_of_the_cpu_serves(tensor, width, softcap, reason,
 
 def test_what_the_compiled_kernels_serve(monkeypatch):
     """Every width and cap, in the dtypes of the kernels; what they do not serve has torch's flash kernel."""
-    for dtype in (torch.float32, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
         tensor = torch.empty(8, dtype=dtype)
         assert choose_kernels(tensor, tensor[:4], spec(softcap=50.0)) is CompiledRowAttention
         assert choose_kernels(tensor, tensor, spec()) is CompiledRowAttention
-    tensor = torch.empty(8, dtype=torch.bfloat16)
-    for has_tiles, chosen in ((False, CompiledRowAttention), (True, CpuRowAttention)):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has_tiles=has_tiles: has_tiles)
-        assert choose_kernels(tensor, tensor, spec()) is chosen
     assert choose_kernels(tensor.double(), tensor.double(), spec()) is CpuRowAttention
     monkeypatch.setenv("TRL_FAST_BACKEND", "torch")
     ok, why = CompiledRowAttention.supports(tensor.float(), tensor.float(), spec())

@@ -35,8 +35,6 @@ class CompiledRowAttention(RowAttention):
         """Returns whether the kernels serve queries (1, heads, T, D) and values (1, ..., Dv), and why not."""
         if os.environ.get(ENVIRONMENT_VARIABLE) == "torch":
             return False, f"{ENVIRONMENT_VARIABLE}=torch"
-        if query.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
-            return False, "this CPU has tiles for bfloat16 (AMX), which torch's kernel uses"
         return supports(OP, "cpp", query.device, query.dtype)
 
     def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec) -> None:
