@@ -16,7 +16,7 @@ namespace trl_fast {
 // Keys of a block: which of them a token sees are the bits of a word.
 constexpr int64_t kKeyBlock = 64;
 // Backward takes up to so many blocks together: it reads and writes a tile's rows once for all of them. But threads
-// share a segment's blocks, so where it has no more than kLeastSpans it takes them one by one.
+// share a segment's spans, so it is cut into no fewer than kLeastSpans, if it has as many blocks.
 constexpr int64_t kSpanBlocks = 4;
 constexpr int64_t kLeastSpans = 8;
 // A tile has about so many rows, one for each of its tokens and heads of the group.
