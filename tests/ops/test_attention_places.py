@@ -148,4 +148,4 @@ def check_all_kernels():
 
 @pytest.mark.parametrize("isa", CPU_FLAGS)
 def test_every_instruction_set(isa):
-    check_instruction_set(isa, __file__, "check_all_kernels")
+    check_instruction_set(isa, check_all_kernels, tested_here=True)
