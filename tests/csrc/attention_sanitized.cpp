@@ -11,8 +11,12 @@
 #include <vector>
 
 #ifdef TRL_FAST_PLANT_NO_TURNS
-// Nobody waits for the blocks before: gradients of queries are added to by two threads at once.
+// Nobody waits for the spans before, nor is ordered by them: two threads add to gradients of queries at once.
 #define sched_yield() break
+#undef __ATOMIC_ACQUIRE
+#undef __ATOMIC_RELEASE
+#define __ATOMIC_ACQUIRE __ATOMIC_RELAXED
+#define __ATOMIC_RELEASE __ATOMIC_RELAXED
 #endif
 #include "cpu/attention_kernels.cpp"
 #include "cpu/attention_plan.h"
