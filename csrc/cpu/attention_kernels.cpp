@@ -86,7 +86,7 @@ void raise_tops(const Softmax& state, int64_t row, const Seen& seen, Columns at)
       largest = maximum(load(state.scores + r * kKeyBlock + i), largest);
     }
     float& top = state.tops[row + r];
-    const float raised = max_lanes(largest);
+    const float raised = max_of(largest);
     if (!(raised > top)) continue;
     const Vec factor = weight_vec(splat(top - raised));
     const bool is_first = top == kLowest;
@@ -123,7 +123,7 @@ void compute_weights(const Softmax& state, int64_t row, const Seen& seen, Column
     }
     excess = maximum(largest - splat(state.tops[row + r]), excess);
   }
-  if (max_lanes(excess) > kSlack) raise_tops(state, row, seen, at);
+  if (max_of(excess) > kSlack) raise_tops(state, row, seen, at);
   for (int64_t r = 0; r < seen.rows; ++r) {
     float* const scores = state.scores + r * kKeyBlock;
     const Vec top = splat(state.tops[row + r]);
@@ -176,7 +176,7 @@ void forward(const AttentionArgs& args, int64_t task, float* scratch) {
     attend_block(args, state, tile, group, block);
   }
   for_rows(args, group, tile, [&](int64_t row, int64_t head, int64_t token) {
-    const float sum = sum_lanes(load(state.sums + row * kWidth));
+    const float sum = static_cast<float>(sum_of(load(state.sums + row * kWidth)));
     args.lse[head * args.tokens + token] = state.tops[row] + std::log(sum);
     const Vec share = splat(1.0f / sum);
     float* const out = state.out + row * state.columns;

@@ -36,27 +36,6 @@ inline Vec weight_vec(Vec x) {
   return exponent < splat(-126.0f) ? Vec{} : p * power;
 }
 
-template <int kDistance, int... kLanes>
-inline Vec exchange_lanes(Vec x, std::integer_sequence<int, kLanes...>) {
-  return __builtin_shufflevector(x, x, (kLanes ^ kDistance)...);
-}
-
-// Joins a vector's lanes by halves: f(a, b) of both.
-template <int kDistance = kWidth / 2, typename F>
-inline float join_lanes(Vec x, F f) {
-  x = f(x, exchange_lanes<kDistance>(x, std::make_integer_sequence<int, kWidth>()));
-  if constexpr (kDistance > 1) return join_lanes<kDistance / 2>(x, f);
-  return x[0];
-}
-
-inline float sum_lanes(Vec x) {
-  return join_lanes(x, [](Vec a, Vec b) { return a + b; });
-}
-
-inline float max_lanes(Vec x) {
-  return join_lanes(x, [](Vec a, Vec b) { return maximum(a, b); });
-}
-
 int64_t whole_panels(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns * kTileColumns; }
 
 // Gives pieces of a worker's scratch memory, each from a cache line's begin on; without memory, it counts.
