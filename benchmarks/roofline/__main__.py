@@ -25,7 +25,8 @@ large products reach, plus bytes at the rate that its memory reaches. Bytes are 
 attention as fast as products, launches and host waits as free, padding of small tiles as nothing: small models are
 slower than this, being bound by the host. The head's floor is 1, 2 or 3 passes (scoring, frozen, trained) of 2·N·V·H
 FLOPs and no byte. Of ours the head and the layers are those of the backend "cuda", with the head's fused Triton kernel
-where the GPU has one (triton_kernels.py), and losses on one number a token are their PyTorch formulas.
+where the GPU has one (`trl_fast/planning/roofline/launches.py` says what our Triton kernels touch), and losses on one
+number a token are their PyTorch formulas.
 """
 
 from __future__ import annotations

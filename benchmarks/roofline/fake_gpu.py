@@ -19,17 +19,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _foreach_utils
 
-from trl_fast.ops.backends import DIVERGENCE_OPS, HEAD_OPS, LAYER_OPS, load_extension
 from trl_fast.ops.device import DeviceFacts, DeviceMemory, simulated_device
-from trl_fast.planning.device_facts import DeviceMeter, SimulatedFlexAttention
+from trl_fast.planning.device_facts import DeviceMeter, SimulatedFlexAttention, gpu_serves
 from trl_fast.planning.gpu_facts import Gpu
+from trl_fast.planning.roofline.launches import stand_in
 
 from .fake_devices import Devices, is_on_gpu, listed
 from .operator_counter import Counter
 from .operator_mode import WHOLE_ON_CUDA, Operators
 
 _GROUP = "_group_tensors_by_device_and_dtype"
-_COMPILED_OPS = (*HEAD_OPS, *DIVERGENCE_OPS, *LAYER_OPS)
 
 
 @contextmanager
@@ -75,11 +74,7 @@ def _grouped_by_device(usual: Callable[..., dict]) -> Callable[..., dict]:
 
 
 def _facts(gpu: Gpu, counter: Counter) -> DeviceFacts:
-    """Returns what our code is told of the GPU: compiled kernels serve the head and layers, and PyTorch the rest.
-
-    Compiled losses on vectors, one number a token, are known to a build with CUDA only, and Triton's kernels would be
-    launched on memory that fake tensors do not have: what is counted are their PyTorch formulas.
-    """
+    """Returns what our code is told of the GPU: the kernels that a plan has, too, serve it."""
     return DeviceFacts(
         "cuda",
         multiplies_bf16=True,
@@ -87,14 +82,15 @@ def _facts(gpu: Gpu, counter: Counter) -> DeviceFacts:
         read_memory=lambda: DeviceMemory(
             gpu.memory_bytes - counter.live_bytes, gpu.memory_bytes, counter.live_bytes, counter.highest_bytes
         ),
-        serves=lambda op, backend: backend == "cuda" and op in _COMPILED_OPS and load_extension().ok,
+        serves=gpu_serves,
+        launches=stand_in(counter.launch),
         flex_attention=functools.partial(SimulatedFlexAttention.apply, _flex_meter(counter)),
     )
 
 
 def _flex_meter(counter: Counter) -> DeviceMeter:
     """Returns what counts FlexAttention's kernels, which torch would compile for the GPU that is not there."""
-    return DeviceMeter(attended=lambda flops, read, written: counter.launch("flex_attention", read, written, flops))
+    return DeviceMeter(attended=lambda flops, read, written: counter.add("flex_attention", read, written, flops))
 
 
 def _within(mode: TorchFunctionMode, run: Callable) -> Callable:

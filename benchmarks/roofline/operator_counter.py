@@ -21,13 +21,15 @@ from trl_fast.planning.gpu_facts import Gpu
 from trl_fast.planning.memory_tracker import CUDA_GRANULARITY
 from trl_fast.planning.roofline.bytes_moved import FREE, by_name, extent, name_of, touched
 from trl_fast.planning.roofline.flops import flops_of
+from trl_fast.planning.roofline.launches import Launch
 
 from .fake_devices import is_on_gpu
 from .host_wait_rule import makes_host_wait
 
 # Products and attention, the head's kernels, the optimizer's: what is left of a step goes number by number.
 _NOT_ELEMENTWISE = re.compile(
-    r"(.*::)?(mm|addmm|bmm|baddbmm|\w*attention\w*|merge_kernel|row_\w+|_\w+_kernel|_fused_adamw_|_foreach_\w+)(\..*)?"
+    r"(.*::)?(mm|addmm_?|bmm|baddbmm|\w*attention\w*|merge_kernel|merge_tiles_kernel|linear_scores_kernel|row_\w+"
+    r"|_\w+_kernel|_fused_adamw_|_foreach_\w+)(\..*)?"
 )
 # Where a wait is looked for in the source: the innermost frame outside of torch and of this package.
 _NOT_THE_PLACE = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
@@ -140,22 +142,16 @@ class Counter:
         """Says whether the code that is counted found this tensor, rather than made it."""
         return self._live.get(tensor.untyped_storage()._cdata, (0, 0))[1] < self._start
 
-    def launch(self, name: str, read: int, written: int, flops: float = 0.0) -> None:
+    def add(self, name: str, read: int, written: int, flops: float = 0.0) -> None:
         """Counts a kernel that is no operator."""
         self.counts.add(name, read, written, flops)
 
-    def product(
-        self,
-        name: str,
-        factors: list[FakeTensor],
-        read: list[FakeTensor],
-        written: list[FakeTensor],
-        flops: float,
-    ) -> None:
-        """Counts a product of 16-bit numbers in a kernel that is no operator."""
-        brought = extent([factor for factor in factors if self._was_given(factor)])
+    def launch(self, launch: Launch) -> None:
+        """Counts a launch of a Triton kernel of ours."""
+        brought = extent([factor for factor in launch.factors if self._was_given(factor)])
         self.counts.factors += brought
-        self.launch(name, extent([*factors, *read]) - brought, extent(written), flops)
+        read = extent([*launch.factors, *launch.read]) - brought
+        self.add(f"trl_fast::{launch.name}_kernel", read, extent([*launch.written]), launch.flops)
 
     def _see(self, tensor: FakeTensor) -> None:
         storage = tensor.untyped_storage()

@@ -1,32 +1,24 @@
-"""Counts launches of Triton kernels: fake tensors have no memory to launch them on.
+"""Counts launches of TRL's Triton kernels: fake tensors have no memory to launch them on.
 
 `KERNELS` says what each kernel touches, by the names of its arguments, as its source loads and stores them. The rest
-of TRL's head runs as it is: its loops, its products, its sums. Of ours, what the fused kernel of the head launches is
-counted, the gradient of logits that it kept, and the merging of attention. The fused kernel's product is taken to run
-at the rate of other large products, what is behind it in a tile as hidden: on an H200 a sketch of it took 1.02 to 1.04
-times as long as the product alone (docs/benchmarks.md).
+of TRL's head runs as it is: its loops, its products, its sums. What ours touch is in
+`trl_fast/planning/roofline/launches.py`, which the planner goes by too.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
 
-import torch
 from trl.kernels import chunked_divergence, chunked_logprob
 
-from trl_fast.kernels import attention_merge, gradient_scale, linear_scores, row_kernels
-from trl_fast.ops.backends import HEAD_OPS, TRITON_OPS
-from trl_fast.ops.device import device_facts, simulated_device
 from trl_fast.planning.roofline.bytes_moved import extent
 
-from .fake_devices import CUDA
 from .operator_counter import Counter
 
 
@@ -97,75 +89,19 @@ KERNELS = (
         reads=("s_ptr", "t_ptr", "s_log_z_ptr", "t_log_z_ptr", "aux_ptr", "grad_ptr"),
         writes=("s_ptr",),
     ),
-    # kernels/attention_merge.py: every row of both outputs is loaded once, every merged one stored once.
-    Touched(
-        attention_merge,
-        "merge_kernel",
-        reads=("out", "lse", "other", "other_lse", "place"),
-        writes=("merged", "merged_lse"),
-    ),
-    # kernels/linear_scores.py: reads the parts of all tiles, writes states, and the largest logits of kept ones.
-    Touched(
-        linear_scores,
-        "merge_tiles_kernel",
-        reads=("parts",),
-        writes=("state",),
-        flagged=(("KEEP", "tops"),),
-    ),
-    # kernels/row_kernels.py: reads words and tops once, writes a gradient each.
-    Touched(
-        row_kernels,
-        "row_grad_packed_kernel",
-        reads=("words", "tops", "targets", "lse", "coefficients"),
-        writes=("out",),
-    ),
-    # kernels/gradient_scale.py: the loss that is counted is the whole loss, so the factor is 1 and all that is read.
-    Touched(gradient_scale, "scale_kernel", reads=("factor",), writes=()),
 )
 
 
 @contextmanager
 def counted_kernels(counter: Counter) -> Iterator[None]:
-    """Lets these kernels, within, count what they touch and do nothing else."""
-    facts = device_facts(CUDA)
+    """Lets TRL's kernels, within, count what they touch and do nothing else."""
     with ExitStack() as stack:
-        stack.enter_context(simulated_device(replace(facts, serves=_with_triton_ops(facts.serves)), on="cuda"))
         for touched in KERNELS:
             kernel = getattr(touched.module, touched.kernel)
             stack.enter_context(
                 patch.multiple(touched.module, **{touched.kernel: _Launches(kernel, touched, counter)})
             )
-        stack.enter_context(patch.multiple(linear_scores, score_slice=functools.partial(_count_product, counter)))
         yield
-
-
-def _with_triton_ops(serves: Callable[[str, str], bool]) -> Callable[[str, str], bool]:
-    return lambda op, backend: serves(op, backend) or (op in (*TRITON_OPS, *HEAD_OPS) and backend == "triton")
-
-
-def _count_product(
-    counter: Counter,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    bias: torch.Tensor | None,
-    transform: object,
-    outputs: int,
-    kept: torch.Tensor | None,
-    parts: torch.Tensor,
-    strides: tuple,
-    tiles: linear_scores.Tiles,
-) -> None:
-    """Counts a launch of linear_scores_kernel, with the arguments of `linear_scores.score_slice`.
-
-    It reads both factors, targets and bias, and writes what is kept and the sums of its tiles.
-    """
-    own_parts = parts[:, : linear_scores.num_tiles(len(weight), tiles)]
-    read = [targets, *([] if bias is None else [bias])]
-    written = [own_parts, *([] if kept is None else [kept])]
-    counter.product(
-        "trl_fast::linear_scores_kernel", [hidden, weight], read, written, 2.0 * len(weight) * hidden.numel()
-    )
 
 
 class _Launches:
@@ -186,4 +122,4 @@ class _Launches:
         given = self._signature.bind(*args, **kwargs).arguments
         writes = [*self._touched.writes, *(name for flag, name in self._touched.flagged if given[flag])]
         read, written = (extent([given[name] for name in names]) for names in (self._touched.reads, writes))
-        self._counter.launch(f"{self._library}::{self._touched.kernel}", read, written)
+        self._counter.add(f"{self._library}::{self._touched.kernel}", read, written)

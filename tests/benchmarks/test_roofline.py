@@ -168,6 +168,18 @@ def test_operators_are_counted_as_by_hand(name):
     assert (counts.flops, counts.read, counts.written, counts.launches) == expected
 
 
+def test_what_goes_number_by_number_are_neither_products_nor_the_heads_kernels():
+    products = [name for name in CASES if name.startswith(("mm", "addmm", "bmm"))]
+    assert len(products) > 5 and not any(counted(CASES[name][0]).elementwise for name in products)
+    assert counted(CASES["cast"][0]).elementwise == 6 * LOGITS
+    counts = count_head(Size(64, 32, 4096), "frozen token", H100).ours
+    kernels = {name for name in counts.by_operator if name.startswith("trl_fast::") and "scale" not in name}
+    assert {"trl_fast::linear_scores_kernel", "trl_fast::merge_tiles_kernel"} < kernels
+    assert counts.elementwise == sum(
+        tally.moved for name, tally in counts.by_operator.items() if name not in kernels and "mm" not in name
+    )
+
+
 @needs_extension
 @pytest.mark.parametrize("name", OWN_CASES)
 def test_row_kernels_are_counted_as_by_hand(name):

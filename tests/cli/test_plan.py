@@ -1,6 +1,7 @@
 """`trl-fast plan`: what it prints, and what it refuses."""
 
 import json
+import re
 
 import pytest
 
@@ -53,7 +54,13 @@ def test_peak_parts_stages_other_systems_and_switches(folder, tmp_path, capsys, 
     for expected in ("weights", "optimizer", "saved activations", "head and loss", "first layer backward"):
         assert expected in output
     # Without a GPU there is nothing to fit.
-    for expected in ("TRL 1.16", "full logits", "gradient_checkpointing=False", "tiled_mlp=4096"):
+    for expected in (
+        "TRL 1.16",
+        "full logits",
+        "gradient_checkpointing=False",
+        "fused_layers=False",
+        "tiled_mlp=4096",
+    ):
         assert expected in output
     assert "longest" not in output
     # A line a stage where nobody watches a bar.
@@ -104,7 +111,14 @@ def test_more_memory_holds_longer_contexts(folder, capsys):
 )
 def test_other_methods_and_prompts_and_an_adapter(method, flags, folder, capsys):
     assert plan(method, folder, "--use_peft", "--lora_r", "4", *flags) == 0
-    assert f"Simulated, not measured, of {folder}: {method}, LoRA r=4" in words(capsys.readouterr().out)
+    printed = words(capsys.readouterr().out)
+    assert f"Simulated, not measured, of {folder}: {method}, LoRA r=4" in printed
+    assert re.search(r"Fused layers: .*\d LlamaMLP, \d LlamaRMSNorm", printed)
+
+
+def test_layers_that_are_not_fused(folder, capsys):
+    assert plan("sft", folder, "--max_length", "64", "--fused_layers", "False") == 0
+    assert "Fused layers: none, by fused_layers=False." in words(capsys.readouterr().out)
 
 
 def test_layers_that_need_no_checkpointing_on_a_gpu(folder, capsys, monkeypatch):

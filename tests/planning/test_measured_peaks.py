@@ -58,6 +58,7 @@ def make_trainer(setup, length, folder):
         activation_budget_bytes=setup.activation_budget_bytes,
         head_workspace_bytes=setup.head_workspace_bytes,
         batch_layout=setup.batch_layout,
+        fused_layers=setup.fused_layers,
         tiled_mlp=setup.tiled_mlp,
         bf16=setup.bf16,
         use_cpu=True,
@@ -105,6 +106,7 @@ def _one_thread():
             "small", 384, {"per_device_train_batch_size": 3, "dtype": "float32", "bf16": False}, marks=pytest.mark.slow
         ),
         ("wide", 192, {"gradient_checkpointing": False, "batch_layout": "packed"}),
+        ("wide", 192, {"gradient_checkpointing": False, "batch_layout": "packed", "fused_layers": False}),
         ("wide", 256, {"dtype": "float32", "batch_layout": "padded", "precompute_ref_log_probs": True}),
         ("wide MLP", 384, {"tiled_mlp": 128, "precompute_ref_log_probs": True}),
         pytest.param("wide", 256, {"lora_r": 8, "lora_target_modules": "all-linear"}, marks=pytest.mark.slow),

@@ -23,7 +23,7 @@ from trl_fast.planning.memory_sizes import gib, parse_memory
 from trl_fast.planning.model_shapes import SHAPES, model_config
 from trl_fast.planning.peak_estimates import stage_peaks, whole_layers
 from trl_fast.planning.planned_images import parse_image_size, planned_image
-from trl_fast.planning.planned_layers import layers_line
+from trl_fast.planning.planned_layers import fused_layers_line, layers_line
 from trl_fast.planning.planned_methods import PLANNED
 from trl_fast.planning.planned_optimizers import is_known
 from trl_fast.planning.report import (
@@ -212,6 +212,8 @@ def read_arguments(method: str, arguments: Sequence[str]) -> PlannedRun:
     if plan.plot is not None and not Path(plan.plot).parent.is_dir():
         raise ValueError(f"plot={plan.plot!r}: there is no such folder; make it, or leave plot out")
     gpu, limit = _device(plan, setup)
+    if gpu is not None:
+        setup = setup.but(capability=gpu.capability)
     has_dataset = bool(script.dataset_name or mixture.datasets)
     return PlannedRun(
         plan, setup, name, gpu, limit, has_dataset, getattr(training, "teacher_model_name_or_path", None)
@@ -289,10 +291,10 @@ def prepare(arguments: list[str]) -> Callable[[], int]:
         raise ValueError(f"method {method!r} is unknown{hint}: trl-fast plan METHOD ...")
     planned = read_arguments(method, arguments[1:])
     setup, limit = planned.setup, planned.limit
-    models = planned_models(setup, setup.max_length)
-    check_positions(base_model(models.policy), setup.max_length, setup.max_length, "planned")
-    if limit is not None:
-        check_resident(setup, models, limit)
+    with planned_models(setup, setup.max_length) as models:
+        check_positions(base_model(models.policy), setup.max_length, setup.max_length, "planned")
+        if limit is not None:
+            check_resident(setup, models, limit)
     return lambda: run(planned)
 
 
@@ -380,8 +382,9 @@ def _print_verdict(console: Console, planned: PlannedRun, row: Row, with_switche
         console.print(f"CPU memory of a process, about: {host_memory(setup, setup.max_length)}.")
     console.print(f"Simulated, not measured, of {planned.model}:", soft_wrap=True)
     console.print(f"{setup_line(setup)}.")
-    models = planned_models(setup, setup.max_length)
-    console.print(layers_line(base_model(models.policy), models.layout.name))
+    with planned_models(setup, setup.max_length) as models:
+        console.print(layers_line(base_model(models.policy), models.layout.name))
+        console.print(fused_layers_line(base_model(models.policy), setup.fused_layers))
     if not is_known(setup.optim):
         console.print(f"optim={setup.optim} is planned as AdamW.")
     if not setup.generates and setup.lmbda > 0:

@@ -154,13 +154,14 @@ def _try_extension() -> Support:
 
 
 @functools.cache
-def _triton_installed() -> bool:
+def has_triton() -> bool:
+    """Tells whether Triton is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 def supports_triton(device_kind: str) -> Support:
     """Tells whether Triton's kernels run on tensors of a kind of device."""
-    if not _triton_installed():
+    if not has_triton():
         return Support(False, "triton is not installed")
     if device_kind == "cuda":
         if torch.version.hip is not None:

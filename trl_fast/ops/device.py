@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from trl_fast.kernels.launching import stand_ins
+
 # 1 or 0: whether float32 matrices are multiplied by our kernels, whatever the CPU.
 OWN_PRODUCTS = "TRL_FAST_OWN_PRODUCTS"
 
@@ -52,7 +54,9 @@ class DeviceFacts:
 
     What follows is for devices that are not there; the defaults are those of devices that are:
 
-    - `serves`: whether a backend serves an op, by their names; None: as `backends.supports` says.
+    - `serves`: whether a backend's kernels of an op are there, by their names; None: as `backends.supports` finds.
+      What kernels take (ops, dtypes) is asked before.
+    - `launches`: stands in for the launchers of Triton's kernels: given the launcher and what the launcher was given.
     - `row_kernels`, `sparse_kernels`, `divergence_kernel`: stand in for those of every backend (`RowKernels`,
       `SparseKernels`, `DivergenceKernel`).
     - `pinned_copies`: stands in for `modeling.pinned_copies.copies_of`.
@@ -69,6 +73,7 @@ class DeviceFacts:
     read_memory: Callable[[], DeviceMemory | None] = lambda: None
     own_products: bool = False
     serves: Callable[[str, str], bool] | None = None
+    launches: Callable[..., None] | None = None
     row_kernels: Any = None
     sparse_kernels: Any = None
     divergence_kernel: Any = None
@@ -113,12 +118,14 @@ def device_facts(device: torch.device) -> DeviceFacts:
 @contextmanager
 def simulated_device(facts: DeviceFacts, on: str = "cpu") -> Iterator[None]:
     """Lets tensors on devices of the type `on` count as being on a device with these facts, within, in this thread."""
-    before = simulated.facts
+    before, stand_ins_before = simulated.facts, stand_ins.by_device
     simulated.facts = {**before, on: facts}
+    others = {kind: run for kind, run in stand_ins_before.items() if kind != on}
+    stand_ins.by_device = others if facts.launches is None else {**others, on: facts.launches}
     try:
         yield
     finally:
-        simulated.facts = before
+        simulated.facts, stand_ins.by_device = before, stand_ins_before
 
 
 def has_gpu() -> bool:

@@ -62,6 +62,7 @@ def switches(setup: TrainingSetup, tile_tokens: int) -> list[tuple[str, Training
     changes: list[dict] = [
         {"gradient_checkpointing": not setup.gradient_checkpointing},
         *([{"activation_budget_bytes": 0}] if setup.activation_budget != 0 else []),
+        {"fused_layers": False if setup.fused_layers else "auto"},
         {"tiled_mlp": tiled},
         {"activation_offloading": not setup.activation_offloading},
     ]

@@ -5,7 +5,8 @@ and tiles of a GPU when those facts say so. What is neither asked there nor ours
 
 | what | how the plan sees it |
 |---|---|
-| kernels that change no more than what they are given | `RowKernels` that do nothing |
+| kernels that change no more than what they are given | `RowKernels`, and fakes of our operators, that do nothing |
+| launches of Triton's kernels | `roofline.launches.stand_in`, given to launchers by the facts |
 | kernels whose results depend on data | tensors of the size that they had on real text |
 | `addmm(..., out_dtype=, out=)`, which torch has on a GPU only | the tracker answers it: its result is `out` |
 | what a flash kernel takes inside and gives back | `flash_workspace`, which the tracker adds |
@@ -33,6 +34,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from trl_fast.modeling.attention.cpu import CompiledRowAttention, CpuRowAttention
 from trl_fast.modeling.attention.varlen import CudaRowAttention
+from trl_fast.ops.backends import VECTOR_OPS, has_triton, load_extension
 from trl_fast.ops.device import DeviceFacts, device_facts
 from trl_fast.ops.divergence.row_kernels import DivergenceKernel
 from trl_fast.ops.head.row_kernels import RowKernels
@@ -41,8 +43,10 @@ from trl_fast.parallel.engines import original_class
 
 from .data_dependent_operators import SPARSE_ENTRIES
 from .device_batches import pixels_on_device
+from .gpu_facts import DEFAULT_CAPABILITY
 from .memory_timeline import ATTENTION, IMAGES, KV_CACHE
 from .roofline.known_values import know, values_of
+from .roofline.launches import Launch, stand_in
 
 aten = torch.ops.aten
 # Registered with transformers for rows that need no mask: all of a batch's sequences are of one length here.
@@ -51,8 +55,6 @@ PADDED_ATTENTION = "trl_fast_planning"
 GPU_KERNELS = frozenset({"trl_fast::attention_merge", "trl_fast::gradient_scale"})
 # Channels of a head that flash kernels take.
 _WIDEST_FLASH = 256
-# Of the GPUs that are planned for: flash kernels need 8.0.
-_CAPABILITY = (9, 0)
 _ARITHMETIC = (
     aten.add.Tensor,
     aten.add_.Tensor,
@@ -74,10 +76,12 @@ class DeviceMeter:
     """Measures what the facts of a planned device see: what kernels compute and touch, and copies on the host.
 
     host_bytes, host_peak: of copies that are there, and the most there were; launched, copied: are told of each, in
-    bytes; attended: of a kernel of attention, its operations and the bytes that it reads and writes.
+    bytes; saw_launch: is shown each launch of a Triton kernel; attended: is told of a kernel of attention, its
+    operations and the bytes that it reads and writes.
     """
 
     launched: Callable[[int], None] = lambda _: None
+    saw_launch: Callable[[Launch], None] = lambda _: None
     attended: Callable[[float, int, int], None] = lambda *_: None
     copied: Callable[[int], None] = lambda _: None
     host_bytes: int = 0
@@ -93,12 +97,31 @@ class DeviceMeter:
         self.host_peak = max(self.host_peak, self.host_bytes)
 
 
-def planned_facts(device: str, meter: DeviceMeter | None = None, *, every_tile: bool = False) -> DeviceFacts:
+def gpu_serves(op: str, backend: str) -> bool:
+    """Tells whether a simulated GPU has a backend's kernels of an op that `backends.supports` finds it to have.
+
+    Those in C++ have fakes where the extension is installed, with a CUDA part or without; launches of Triton's have
+    stand-ins. Where a GPU has one of the two, its tensors are the same. Losses on one number a token are their PyTorch
+    formulas, which take a few vectors more than the kernels.
+    """
+    if op in VECTOR_OPS:
+        return False
+    return backend == "cuda" and load_extension().ok or backend == "triton" and has_triton()
+
+
+def planned_facts(
+    device: str,
+    meter: DeviceMeter | None = None,
+    *,
+    every_tile: bool = False,
+    capability: tuple[int, int] = DEFAULT_CAPABILITY,
+) -> DeviceFacts:
     """Returns the facts of the planned `device`, "gpu" or "cpu", for tensors on the CPU.
 
     A GPU has no cache to fit tiles of logits into, multiplies bfloat16 to float32 logits, has row kernels without
-    temporaries, and torch's varlen flash kernels, two calls a layer. How much memory it has is not said: a plan finds
-    what a step needs, and what is free beyond that is used, but not needed. every_tile: compute all tiles, not some.
+    temporaries, the head's fused kernel, those of fused layers, and torch's varlen flash kernels, two calls a layer.
+    How much memory it has is not said: a plan finds what a step needs, and what is free beyond that is used, but not
+    needed. every_tile: compute all tiles, not some; capability: of the GPU.
     """
     meter = meter or DeviceMeter()
     if device == "cpu":
@@ -109,8 +132,10 @@ def planned_facts(device: str, meter: DeviceMeter | None = None, *, every_tile: 
     return DeviceFacts(
         "cuda",
         multiplies_bf16=True,
-        capability=_CAPABILITY,
-        serves=lambda op, backend: backend == "torch",
+        capability=capability,
+        serves=gpu_serves,
+        # Looked up at each launch: a step that is counted sets the meter after its facts are made.
+        launches=stand_in(lambda launch: meter.saw_launch(launch)),
         row_kernels=RowKernels(kernel, kernel, 0, kernel, kernel, kernel),
         divergence_kernel=DivergenceKernel(kernel, 0),
         pinned_copies=functools.partial(SimulatedCopies, meter=meter),

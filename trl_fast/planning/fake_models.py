@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -17,6 +20,7 @@ from trl_fast.modeling.image_classifiers import register_image_classifier
 from trl_fast.modeling.image_models import image_layout
 from trl_fast.modeling.layouts import REWARDS, TOKEN_SCORES, LayoutRequest, declared_layout
 from trl_fast.modeling.loading import add_adapter, base_model, language_model_class, reads_images, whole_backbone
+from trl_fast.modeling.model_changes import changes_of
 from trl_fast.modeling.reference_policy import freeze
 from trl_fast.modeling.scoring import attach_scoring
 from trl_fast.modeling.segment_attention import set_attention, use_segment_attention
@@ -77,32 +81,44 @@ def shortened(config: PretrainedConfig, layers: int | None) -> PretrainedConfig:
     return config
 
 
-def planned_models(setup: TrainingSetup, max_length: int, layers: int | None = None) -> PlannedModels:
+@contextmanager
+def planned_models(setup: TrainingSetup, max_length: int, layers: int | None = None) -> Iterator[PlannedModels]:
     """Makes the models of a step without memory, as they train, and chooses the layout of their batches.
 
-    layers: only so many of each model's.
+    Layers are fused within: transformers' functions that turn queries and keys, which all models of a family share,
+    are then what they were before. layers: only so many of each model's.
 
     Raises:
         ValueError: a model cannot be built or set up so; by the name of the setting.
     """
-    with simulated_device(planned_facts(setup.device)):
-        policy = meta_model(setup, layers)
-        layout = choose_layout(policy, setup, max_length)
-        reference = value = None
-        if setup.needs_reference_model:
-            reference = _second_model(setup, layout, layers)
-        if setup.method == "ppo":
-            whole = setup.but(lora_r=None, quantization=None)
-            value = prepare(meta_model(setup, layers, classifier=True), whole, layout)
-        images = image_layout(policy) if setup.images else None
-        return PlannedModels(prepare(policy, setup, layout), PlannedLayout(layout, images), reference, value)
+    with ExitStack() as stack:
+
+        def made(*given: Any, **options: Any) -> PreTrainedModel:
+            model = meta_model(*given, **options)
+            # Also where it cannot be set up.
+            stack.callback(lambda: changes_of(model).undo_all())
+            return model
+
+        with simulated_device(planned_facts(setup.device, capability=setup.capability)):
+            policy = made(setup, layers)
+            layout = choose_layout(policy, setup, max_length)
+            reference = value = None
+            if setup.needs_reference_model:
+                second, depth = _second_model(setup, layers)
+                reference = prepare(made(second, depth), second, layout, trains=False)
+            if setup.method == "ppo":
+                whole = setup.but(lora_r=None, quantization=None)
+                value = prepare(made(setup, layers, classifier=True), whole, layout)
+            images = image_layout(policy) if setup.images else None
+            models = PlannedModels(prepare(policy, setup, layout), PlannedLayout(layout, images), reference, value)
+        yield models
 
 
-def _second_model(setup: TrainingSetup, layout: str, layers: int | None) -> PreTrainedModel | PeftModel:
-    """Makes the reference of a step, or its teacher: one with a config of its own has all of its layers."""
-    if setup.method in TEACHER_METHODS:
-        setup, layers = setup.of_teacher, layers if setup.teacher is None else None
-    return prepare(meta_model(setup, layers), setup, layout, trains=False)
+def _second_model(setup: TrainingSetup, layers: int | None) -> tuple[TrainingSetup, int | None]:
+    """Returns the setup of a step's reference, or its teacher, and how many layers: one of its own has all of them."""
+    if setup.method not in TEACHER_METHODS:
+        return setup, layers
+    return setup.of_teacher, layers if setup.teacher is None else None
 
 
 def prepare(

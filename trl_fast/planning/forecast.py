@@ -15,6 +15,7 @@ from peft import LoraConfig, PeftModel
 from trl_fast.data.token_checks import longest_sequence
 from trl_fast.input_errors import error_line
 from trl_fast.modeling.loading import base_model
+from trl_fast.ops.device import device_facts
 from trl_fast.parallel.engines import Engine, engine_of
 from trl_fast.trainers.base.config import BaseConfig
 from trl_fast.trainers.base.prepared_datasets import shows_tokens
@@ -135,7 +136,7 @@ def _setup(trainer: BaseTrainer) -> TrainingSetup:
         raise ValueError(f"device {kind}")
     model = trainer.accelerator.unwrap_model(trainer.model)
     longest, prompt = _longest(trainer)
-    return setup_from_training(
+    setup = setup_from_training(
         trainer.method,
         args,
         _model_arguments(model),
@@ -147,6 +148,7 @@ def _setup(trainer: BaseTrainer) -> TrainingSetup:
         num_gpus=args.world_size,
         engine=_ENGINES.get(engine_of(trainer.accelerator), DEFAULT_ENGINE),
     )
+    return setup.but(capability=device_facts(args.device).capability) if kind == "cuda" else setup
 
 
 def _teacher(trainer: BaseTrainer) -> PlannedTeacher | None:

@@ -17,6 +17,8 @@ LINK_REACHES = 0.8
 # (200 Gbit/s InfiniBand a GPU) and, from Hopper on, in DGX H100 (400 Gbit/s).
 GPUS_OF_A_MACHINE = 8
 _NETWORK, _NETWORK_FROM_HOPPER = 25.0, 50.0
+# Of a GPU that is planned for and has no name.
+DEFAULT_CAPABILITY = (9, 0)
 # What a CUDA context takes, and the share of the rest that the allocator holds in pieces too small to serve.
 CONTEXT_BYTES, FRAGMENTED = GIB // 2, 0.05
 

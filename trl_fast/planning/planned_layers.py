@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from types import FunctionType
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import hub_kernels
 
@@ -33,6 +34,25 @@ def layers_line(model: PreTrainedModel, layout: str) -> str:
     if installed := installed_kernels(model):
         line += f" Here {installed} serve them, with less memory and time than planned."
     return line
+
+
+def fused_layers_line(model: PreTrainedModel, asked: str | bool) -> str:
+    """Says in a line which modules of a planned model run in one pass each. asked: the setting, fused_layers."""
+    counts = Counter(_class_name(module) for module in model.modules() if _is_fused(module))
+    if not counts:
+        return "Fused layers: none" + (" of this model's code is known." if asked else ", by fused_layers=False.")
+    return f"Fused layers: {', '.join(f'{count} {name}' for name, count in counts.items())}."
+
+
+def _class_name(module: nn.Module) -> str:
+    """Returns what a module's class is called; PEFT's have the names of PyTorch's."""
+    cls = original_class(module)
+    return f"LoRA {cls.__name__}" if cls.__module__.startswith("peft.") else cls.__name__
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Tells whether a module has a class of `modeling.fused_layers`."""
+    return hasattr(type(module), "fused_class")
 
 
 def installed_kernels(model: PreTrainedModel) -> str:

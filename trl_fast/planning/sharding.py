@@ -22,6 +22,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from peft import PeftModel
+from transformers import PreTrainedModel
+
 from .fake_models import decoder_layers, planned_models
 from .memory_timeline import (
     ATTENTION,
@@ -85,7 +88,11 @@ class ModelSizes(NamedTuple):
 @functools.lru_cache(maxsize=32)
 def model_sizes(setup: TrainingSetup) -> ModelSizes:
     """Counts the weights of a setup's policy, from all layers' shapes."""
-    model = planned_models(setup, setup.max_length).policy
+    with planned_models(setup, setup.max_length) as models:
+        return _sizes_of(models.policy)
+
+
+def _sizes_of(model: PreTrainedModel | PeftModel) -> ModelSizes:
     count = lambda weights: sum(weight.numel() for weight in weights)  # noqa: E731
     every = list(model.parameters())
     layers = [count(layer.parameters()) for layer in decoder_layers(model)]

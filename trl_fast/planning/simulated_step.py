@@ -74,11 +74,12 @@ def simulate(
         attention_only=not counts_work,
     )
     meter.launched = lambda size: counter.add(Work(moved=size, launches=1))
+    meter.saw_launch = counter.launch
     meter.attended = lambda flops, read, written: counter.add(
         Work(attention_flops=flops, moved=read + written, launches=1)
     )
     meter.copied = lambda size: counter.add(Work(host_bytes=size))
-    facts = planned_facts(setup.device, meter, every_tile=counts_work)
+    facts = planned_facts(setup.device, meter, every_tile=counts_work, capability=setup.capability)
     timeline = _simulated(setup, max_length, layers, tracker, facts, vision)
     return replace(timeline, host_bytes=meter.host_peak, work=counter.by_stage, image_work=counter.of_images)
 
@@ -91,7 +92,18 @@ def _simulated(
     facts: DeviceFacts,
     vision: VisionTower | None = None,
 ) -> Timeline:
-    models = planned_models(setup, max_length, layers)
+    with planned_models(setup, max_length, layers) as models:
+        return _simulated_with(models, setup, max_length, tracker, facts, vision)
+
+
+def _simulated_with(
+    models: PlannedModels,
+    setup: TrainingSetup,
+    max_length: int,
+    tracker: MemoryTracker,
+    facts: DeviceFacts,
+    vision: VisionTower | None,
+) -> Timeline:
     inputs = PLANNED[setup.method].inputs(setup, max_length, models.layout)
     with pytorch_layers(base_model(models.policy)), _faking(tracker, facts):
         with tracker.labelling(REFERENCE):

@@ -16,6 +16,8 @@ from trl_fast.settings.ranges import check_ranges
 from trl_fast.trainers.base.config import BaseConfig, activation_budget
 from trl_fast.trainers.methods import METHODS
 
+from .gpu_facts import DEFAULT_CAPABILITY
+
 # Methods of other systems' steps that a plan is compared with.
 COMPARED_METHODS = ("dpo", "sft", "reward", "grpo")
 # Methods whose policy samples what it learns from; of the first two, completions of a prompt are compared.
@@ -67,7 +69,8 @@ class TrainingSetup:
     - `num_mini_batches`, `local_rollout_forward_batch_size`: ppo's.
     - `generates`: False where another process samples (vLLM).
     - `fused_head`: False takes the slow path of `modeling.scoring`, with the model's own logits.
-    - `device`: whose choices of kernels and tile sizes are simulated, one of DEVICES.
+    - `fused_layers`: whether norms, gated MLPs and so on run in one pass each; other systems' layers do not.
+    - `device`: whose choices of kernels and tile sizes are simulated, one of DEVICES; `capability`: of a GPU.
     """
 
     config: PretrainedConfig
@@ -94,6 +97,7 @@ class TrainingSetup:
     tiled_mlp: int | None = None
     batch_layout: str = "auto"
     fused_head: bool = True
+    fused_layers: Literal["auto", True, False] = "auto"
     head_grad: str = "exact"
     head_workspace_bytes: int | None = None
     precompute_ref_log_probs: bool = False
@@ -111,6 +115,7 @@ class TrainingSetup:
     num_gpus: int = 1
     engine: str = DEFAULT_ENGINE
     device: str = "gpu"
+    capability: tuple[int, int] = DEFAULT_CAPABILITY
 
     def __post_init__(self) -> None:
         choices = {"method": tuple(METHODS), "dtype": DTYPES, "device": DEVICES, "batch_layout": LAYOUT_CHOICES}
@@ -129,6 +134,8 @@ class TrainingSetup:
         for name in ("num_generations", "beta"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, METHODS[group_method].config_class().__dataclass_fields__[name].default)
+        if self.system != OURS:
+            object.__setattr__(self, "fused_layers", False)
         check_ranges(self)
         HeadOptions(head_grad=self.head_grad).check(torch.device("cuda" if self.device == "gpu" else "cpu"))
 
@@ -153,11 +160,6 @@ class TrainingSetup:
     disable_dropout: ClassVar[bool] = True
     use_liger_kernel: ClassVar[bool] = False
     keeps_attention: ClassVar[bool] = False
-
-    @property
-    def fused_layers(self) -> Literal["auto", True, False]:
-        """Returns whether layers run in one pass where that can be: ours do, as is their default."""
-        return "auto" if self.system == OURS else False
 
     @property
     def activation_budget(self) -> int | None:
@@ -319,6 +321,8 @@ def setup_from_training(
         nested_quantization=model_args.use_bnb_nested_quant,
         optim=str(getattr(training_args.optim, "value", training_args.optim)),
         precompute_ref_log_probs=_needs_no_reference(training_args),
+        # Liger's kernels, which fuse the same layers, are planned as layers that are not fused.
+        fused_layers=training_args.fused_layers if not training_args.use_liger_kernel else False,
         generates=not getattr(training_args, "use_vllm", False) and _samples(training_args),
         num_gpus=num_gpus,
         engine=engine,

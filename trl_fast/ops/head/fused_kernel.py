@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backends import supports
@@ -95,7 +96,7 @@ def tiles_of(kernel: str, device: torch.device) -> tuple[FusedTiles | None, str]
         return (cutlass_scores.CutlassTiles() if support.ok else None), support.reason
     from trl_fast.kernels.linear_scores import INTERPRETED_TILES, TILES
 
-    if device.type != "cuda":
+    if not device_facts(device).is_cuda:
         return INTERPRETED_TILES, "Triton's interpreter, for tests only"
     tiles = TILES.get(device_facts(device).capability)
     return tiles, "product and statistics in one Triton kernel" if tiles else "there are no tiles for this GPU"
@@ -209,5 +210,8 @@ def score_rows_fused(
 
 def _aligned(matrix: torch.Tensor) -> torch.Tensor:
     """Returns the matrix, copied if its rows do not begin at multiples of 16 bytes or its numbers are not adjacent."""
-    aligned = matrix.stride(1) == 1 and matrix.stride(0) % _ALIGNMENT == 0 and matrix.data_ptr() % 16 == 0
+    # Fake tensors have no address; memory of their own begins at a multiple.
+    is_fake = isinstance(matrix, FakeTensor)
+    start = matrix.storage_offset() * matrix.element_size() if is_fake else matrix.data_ptr()
+    aligned = matrix.stride(1) == 1 and matrix.stride(0) % _ALIGNMENT == 0 and start % 16 == 0
     return matrix if aligned else matrix.clone(memory_format=torch.contiguous_format)

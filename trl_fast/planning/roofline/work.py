@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from ..gpu_facts import Gpu
 from .bytes_moved import FREE, by_name, extent, name_of, touched
 from .flops import flops_of
+from .launches import Launch
 
 # What the host takes for a launch of eager PyTorch: the mean of seven steps of a 0.5B model (30 to 59 microseconds),
 # in which an H200 was busy for 36 to 81% of the time (docs/gpu-h200.md). A step cannot be faster.
@@ -102,6 +103,12 @@ class WorkCounter:
         if stage is not None:
             found = self.of_images if self._reads_images() else self.by_stage
             found[stage] = found.get(stage, Work()) + work
+
+    def launch(self, launch: Launch) -> None:
+        """Adds a launch of a kernel that is no operator."""
+        brought = extent([factor for factor in launch.factors if self._was_there(factor)])
+        moved = extent([*launch.read, *launch.factors]) + extent([*launch.written]) - brought
+        self.add(Work(moved=moved, launches=1, narrow_flops=launch.flops))
 
     def observe(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict, out: Any) -> None:
         """Adds one operator, its arguments and its result."""
