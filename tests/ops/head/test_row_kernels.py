@@ -81,6 +81,7 @@ def compare_everything():
         for columns in (1, 5, 16, 2047, 2048, 2049, 4099):
             for transform in ("none", "all"):
                 compare(dtype, columns, transform)
+            test_scores_and_weights_in_one_read(columns, dtype, (0.5, 9.0, 1 / 1.3), EVERYTHING)
 
 
 @pytest.mark.parametrize("isa", CPU_FLAGS)

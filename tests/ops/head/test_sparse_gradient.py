@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from support.heads import DTYPES, HeadProblem, error, make_problem, scores_from_logits
+from support.instruction_sets import CPU_FLAGS, check_instruction_set
 from trl_fast.ops import linear_cross_entropy, linear_logprob
 from trl_fast.ops.backends import load_extension
 from trl_fast.ops.head.autograd import linear_scores_sparse
@@ -144,6 +145,18 @@ def test_sparse_product(width, dense_dtype, backend):
     assert error(got, exact) < 1e-6
     narrow = SPARSE_KERNELS[backend].product(row_offsets, indices, values, dense, torch.bfloat16)
     assert narrow.dtype == torch.bfloat16 and error(narrow, exact) < 4e-3
+
+
+def check_all_kernels():
+    for dtype in DTYPES:
+        test_both_kernels_keep_the_same(dtype)
+        for width in (1, 7, 64, 100):
+            test_sparse_product(width, dtype, "cpp")
+
+
+@pytest.mark.parametrize("isa", CPU_FLAGS)
+def test_every_instruction_set(isa):
+    check_instruction_set(isa, check_all_kernels, tested_here=True)
 
 
 def test_minus_infinity_and_a_certain_row(backend):

@@ -7,11 +7,13 @@ from support.layer_errors import DTYPES
 from support.plain_norms import NORM_SHAPES
 from tests.ops.layers import (
     test_chunked_gated_activation,
+    test_embedding,
     test_gated_activation,
     test_qk_norm_rotary,
     test_residual_rms_norm,
     test_rms_norm,
     test_rotary,
+    test_tied_embedding,
 )
 from trl_fast.ops.layers import NORM_CASTS
 
@@ -35,6 +37,10 @@ def check_all_kernels():
         for family in test_qk_norm_rotary.FAMILIES:
             for shape in test_qk_norm_rotary.SHAPES:
                 test_qk_norm_rotary.test_error_is_that_of_transformers(shape, dtype, family, "cpp")
+        for case in test_embedding.CASES:
+            test_embedding.test_error_is_that_of_pytorch(case, dtype, None, "cpp")
+        for shape in test_tied_embedding.SHAPES:
+            test_tied_embedding.test_error_is_that_of_pytorch(shape, dtype, None, "cpp")
 
 
 @pytest.mark.parametrize("isa", CPU_FLAGS)
