@@ -1,6 +1,6 @@
 """Times the C++ kernels of layers on one CPU thread, as shares of the bandwidth that a copy of as many bytes reaches.
 
-    python -m benchmarks.layer_kernels [--rows 8192 --width 1024 --rounds 15]
+    python -m benchmarks.layer_kernels [--rows 8192 --width 1024 --inner 1024 --rounds 15]
 
 Bytes are counted: each input is read once, each result written once. Kernel and copy run in turns, and the shortest
 CPU time of each counts, so that other processes disturb least. Writes benchmarks/results/layer_kernels.json.
@@ -182,6 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--width", type=int, default=1024, help="a multiple of 64")
+    parser.add_argument("--inner", type=int, help="the width of gated activations; by default that of the others")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", help="a part of the names of ops")
     arguments = parser.parse_args()
@@ -195,7 +196,8 @@ def main() -> None:
     rows: dict[tuple[str, str], list[dict[str, float]]] = {}
     for dtype in DTYPES:
         for make in (norm_cases, gate_cases, rotary_cases, embedding_cases):
-            for case in make(arguments.rows, arguments.width, dtype):
+            width = arguments.inner if make is gate_cases and arguments.inner else arguments.width
+            for case in make(arguments.rows, width, dtype):
                 if arguments.only in case.op:
                     rows.setdefault((case.op, case.direction), []).append(measure(case, arguments.rounds))
     for (op, direction), measured in rows.items():
@@ -207,6 +209,7 @@ def main() -> None:
         "load": [before, os.getloadavg()[0]],
         "rows": arguments.rows,
         "width": arguments.width,
+        "inner": arguments.inner or arguments.width,
         "measured": [
             {"op": op, "direction": direction, "dtypes": dict(zip(map(str, DTYPES), measured, strict=True))}
             for (op, direction), measured in rows.items()

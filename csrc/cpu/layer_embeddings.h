@@ -17,16 +17,16 @@ inline void sum_group(const EmbeddingArgs& args, int64_t group, float* total, T*
     std::memcpy(out, row, columns * sizeof(T));
     return;
   }
-  for_row(columns, [&](int64_t i, int, auto n) TRL_FAST_INLINE {
-    const Vec before = args.adds ? widen_part(out + i, n) : Vec{};
-    store(total + i, before + widen_part(row + i, n));
+  for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE {
+    const Two first_row = widen_two(row + i, n);
+    store_two(total + i, args.adds ? widen_two(out + i, n) + first_row : first_row);
   });
   for (int64_t place = first + 1; place < last; ++place) {
     row = grad + args.order[place] * columns;
-    for_row(columns, [&](int64_t i, int, auto n)
-                         TRL_FAST_INLINE { store(total + i, load(total + i) + widen_part(row + i, n)); });
+    for_row(columns, [&](int64_t i, auto n)
+                         TRL_FAST_INLINE { store_two(total + i, load_two(total + i) + widen_two(row + i, n)); });
   }
-  for_row(columns, [&](int64_t i, int, auto n) TRL_FAST_INLINE { narrow_part(load(total + i), n, out + i); });
+  for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE { narrow_two(out + i, load_two(total + i), n); });
 }
 
 void embedding_gradient(const EmbeddingArgs& args, int64_t begin, int64_t end) {

@@ -12,31 +12,29 @@ struct Activated {
   Vec value, derivative;
 };
 
-// x sigmoid(z), with the derivative of z. Below z = -88, where e^-z leaves float32, the result is 0; -inf and NaN give
-// NaN, as in PyTorch.
-inline Activated times_sigmoid(Vec x, Vec z, Vec dz) {
-  const Vec e = exp_vec(-z > splat(88.0f) ? splat(88.0f) : -z);
-  const Vec denominator = splat(1.0f) + e;
-  const Vec sigmoid = splat(1.0f) / denominator;
-  const auto is_low = z < splat(-88.0f);
-  // x dz (1 - sigmoid) overflows only where the sigmoid is 1 exactly, and then its factor is 0.
-  const Vec change = x * (e * sigmoid) * dz;
-  const Vec kept = z > splat(88.0f) ? Vec{} : change;
-  const Vec nothing = x * Vec{};
-  return {is_low ? nothing : x / denominator, is_low ? nothing : sigmoid * (splat(1.0f) + kept)};
+// The nearest number of an interval; NaN stays NaN.
+TRL_FAST_INLINE inline Vec within(float lowest, Vec x, float largest) {
+  return maximum(splat(lowest), minimum(splat(largest), x));
+}
+
+// x sigmoid(z), and sigmoid(z) (1 + near dz (1 - sigmoid(z))), for -88.6 <= z <= 87.3. Below z = -88, where e^-z is
+// about to leave float32, the sigmoid is 0; then x = -inf gives NaN, as in PyTorch. near: x where the sigmoid is not 0
+// or 1.
+template <typename Digits>
+TRL_FAST_INLINE inline Activated times_sigmoid(Vec x, Vec near, Vec z, Vec dz) {
+  const Vec e = exp_between(static_cast<const Digits*>(nullptr), -z);
+  const Vec inverse = splat(1.0f) / (splat(1.0f) + e);
+  const Vec sigmoid = z < splat(-88.0f) ? Vec{} : inverse;
+  return {x * sigmoid, sigmoid * (near * (e * sigmoid) * dz) + sigmoid};
 }
 
 struct Below {
   Vec share, density;
 };
 
-// The share of a standard normal distribution below x, erfc(-x / sqrt 2) / 2, and its density, to some ulp also far
-// below 0: with a = |x| / sqrt 2, (1 + 2 a) e^(a^2) erfc(a) - 1 is a polynomial in (a - 2) / (a + 2) (N. Juffa's
+// (1 + 2 a) e^(a^2) erfc(a) - 1 as a polynomial in q = (a - 2) / (a + 2), for 0 <= a: to float32's digits (N. Juffa's
 // erfcf, after M. Shepherd and J. Laframboise, Mathematics of Computation 36, 1981).
-inline Below standard_normal_below(Vec x) {
-  const Vec scaled = (x < Vec{} ? -x : x) * splat(0.70710678118654752f);
-  const Vec a = scaled > splat(16.0f) ? splat(16.0f) : scaled;
-  const Vec q = (a - splat(2.0f)) / (a + splat(2.0f));
+TRL_FAST_INLINE inline Vec scaled_erfc(const float*, Vec q) {
   Vec p = splat(-4.01139259e-4f) * q + splat(-1.23075210e-3f);
   p = p * q + splat(1.31355342e-3f);
   p = p * q + splat(8.63227434e-3f);
@@ -45,22 +43,51 @@ inline Below standard_normal_below(Vec x) {
   p = p * q + splat(1.64055392e-1f);
   p = p * q + splat(-1.66031361e-1f);
   p = p * q + splat(-9.27639827e-2f);
-  p = p * q + splat(2.76978403e-1f);
-  const Vec bell = exp_vec(-a * a);
-  const Vec tail = splat(0.5f) * bell * (splat(1.0f) + p) / (splat(1.0f) + splat(2.0f) * a);
+  return p * q + splat(2.76978403e-1f);
+}
+
+// To 7e-6, for what is rounded to 16 bits: a minimax polynomial for a <= 9.5.
+TRL_FAST_INLINE inline Vec scaled_erfc(const uint16_t*, Vec q) {
+  Vec p = splat(5.1973555e-3f) * q + splat(-7.81144744e-3f);
+  p = p * q + splat(-5.2243696e-2f);
+  p = p * q + splat(1.64162407e-1f);
+  p = p * q + splat(-1.66360866e-1f);
+  p = p * q + splat(-9.27779992e-2f);
+  return p * q + splat(2.76987115e-1f);
+}
+
+// The share of a standard normal distribution below x, erfc(-x / sqrt 2) / 2, and its density, to some ulp also far
+// below 0; where e^(-x^2 / 2) is about to leave float32, the tail is 0.
+template <typename Digits>
+TRL_FAST_INLINE inline Below standard_normal_below(Vec x) {
+  constexpr const Digits* digits = nullptr;
+  const Vec scaled = (x < Vec{} ? -x : x) * splat(0.70710678118654752f);
+  const auto is_far = scaled > splat(9.3f);
+  const Vec a = minimum(splat(9.3f), scaled);
+  const Vec bell = is_far ? Vec{} : exp_between(digits, -a * a);
+  // One division for q and for what is divided by 1 + 2 a.
+  const Vec sum = a + splat(2.0f), twice = splat(1.0f) + splat(2.0f) * a;
+  const Vec inverse = splat(1.0f) / (sum * twice);
+  const Vec p = scaled_erfc(digits, (a - splat(2.0f)) * (twice * inverse));
+  const Vec tail = (splat(0.5f) * bell) * (splat(1.0f) + p) * (sum * inverse);
   return {x < Vec{} ? tail : splat(1.0f) - tail, splat(0.3989422804014327f) * bell};
 }
 
-template <Activation kind>
-inline Activated activated(Vec x) {
-  if constexpr (kind == Activation::kSilu) return times_sigmoid(x, x, splat(1.0f));
-  if constexpr (kind == Activation::kGeluTanh) {
-    // (1 + tanh u) / 2 = sigmoid(2 u)
-    const Vec twice = splat(1.5957691216057308f), cubic = splat(0.044715f);
-    const Vec square = x * x;
-    return times_sigmoid(x, twice * (x + cubic * square * x), twice * (splat(1.0f) + splat(3.0f) * cubic * square));
+template <typename T, Activation kind>
+TRL_FAST_INLINE inline Activated activated(Vec x) {
+  using Digits = std::conditional_t<sizeof(T) == 2, uint16_t, float>;
+  if constexpr (kind == Activation::kSilu) {
+    const Vec near = within(-88.6f, x, 87.3f);
+    return times_sigmoid<Digits>(x, near, near, splat(1.0f));
   }
-  const Below below = standard_normal_below(x);
+  if constexpr (kind == Activation::kGeluTanh) {
+    // (1 + tanh u) / 2 = sigmoid(2 u), 2 u = c x (1 + d x^2), which is 87.31 at x = 10 and 88.47 at 10.05
+    constexpr float c = 1.5957691216057308f, d = 0.044715f;
+    const Vec near = within(-10.05f, x, 10.0f), square = near * near;
+    return times_sigmoid<Digits>(x, near, near * (splat(c) + splat(c * d) * square),
+                                 splat(c) + splat(3 * c * d) * square);
+  }
+  const Below below = standard_normal_below<Digits>(x);
   return {x * below.share, below.share + x * below.density};
 }
 
@@ -80,9 +107,10 @@ void gate(const GateArgs& args, int64_t begin, int64_t end) {
     const int64_t from = row * args.stride + column;
     const T *gates = static_cast<const T*>(args.gate) + from, *ups = static_cast<const T*>(args.up) + from;
     T* out = static_cast<T*>(args.out) + row * args.columns + column;
-    for_row(count, [&](int64_t i, int, auto n) TRL_FAST_INLINE {
-      const Vec value = rounded<T>(activated<kind>(widen_part(gates + i, n)).value);
-      narrow_part(value * widen_part(ups + i, n), n, out + i);
+    for_row(count, [&](int64_t i, auto n) TRL_FAST_INLINE {
+      const Two x = widen_two(gates + i, n);
+      const Two value = {activated<T, kind>(x.a).value, activated<T, kind>(x.b).value};
+      narrow_two(out + i, rounded<T>(value) * widen_two(ups + i, n), n);
     });
   });
 }
@@ -94,11 +122,12 @@ void gate_backward(const GateArgs& args, int64_t begin, int64_t end) {
     const T *gates = static_cast<const T*>(args.gate) + from, *ups = static_cast<const T*>(args.up) + from;
     const T* grads = static_cast<const T*>(args.grad) + row * args.columns + column;
     T *grad_gate = static_cast<T*>(args.grad_gate) + to, *grad_up = static_cast<T*>(args.grad_up) + to;
-    for_row(count, [&](int64_t i, int, auto n) TRL_FAST_INLINE {
-      const Activated act = activated<kind>(widen_part(gates + i, n));
-      const Vec grad = widen_part(grads + i, n);
-      narrow_part(rounded<T>(grad * widen_part(ups + i, n)) * act.derivative, n, grad_gate + i);
-      narrow_part(grad * rounded<T>(act.value), n, grad_up + i);
+    for_row(count, [&](int64_t i, auto n) TRL_FAST_INLINE {
+      const Two x = widen_two(gates + i, n);
+      const Activated a = activated<T, kind>(x.a), b = activated<T, kind>(x.b);
+      const Two grad = widen_two(grads + i, n), up = widen_two(ups + i, n);
+      narrow_two(grad_gate + i, rounded<T>(grad * up) * Two{a.derivative, b.derivative}, n);
+      narrow_two(grad_up + i, grad * rounded<T>(Two{a.value, b.value}), n);
     });
   });
 }

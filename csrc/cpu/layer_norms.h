@@ -9,15 +9,33 @@ using trl_fast::NormArgs;
 using trl_fast::NormCast;
 using trl_fast::NormWeight;
 
-// The factors of the normalised row in float32: the weight, one more for Gemma's, ones without a weight.
+// The factors of the normalised row in float32, in the order of T: the weight, one more for Gemma's, ones without a
+// weight.
 template <typename T>
 class NormFactors : public Room<float> {
  public:
   explicit NormFactors(const NormWeight& weight) : Room<float>(weight.columns) {
     const float more = weight.data && weight.cast != NormCast::kGemma ? 0.0f : 1.0f;
-    if (weight.data) widen_chunk(static_cast<const T*>(weight.data), weight.columns, 0.0f, data());
-    for (int64_t i = 0; i < weight.columns; ++i) data()[i] += more;
+    if (weight.data) widen_row<kByPairs<T>>(static_cast<const T*>(weight.data), weight.columns, data());
+    for (int64_t i = 0; i < padded_to_two(weight.columns); ++i) data()[i] += more;
   }
+};
+
+// Sums of the gradient by a norm's weight, in the order of T.
+template <typename T>
+class WeightSums : public Room<float> {
+ public:
+  explicit WeightSums(int64_t columns) : Room<float>(columns), columns_(columns) {}
+  // Writes the sums so far, and begins again.
+  void write(float* to) {
+    for_row(columns_, [&](int64_t i, auto n) TRL_FAST_INLINE {
+      narrow_two(to + i, reordered<kByPairs<T>, false>(load_two(data() + i)), n);
+    });
+    std::fill(data(), data() + padded_to_two(columns_), 0.0f);
+  }
+
+ private:
+  int64_t columns_;
 };
 
 inline bool rounds_first(const NormWeight& weight) { return weight.cast == NormCast::kLlama; }
@@ -31,87 +49,117 @@ inline void with_norm(const NormWeight& weight, F f) {
   });
 }
 
-// Writes x + residual, rounded.
+TRL_FAST_INLINE inline float rstd_of(Two squares, int64_t columns, float eps) {
+  return 1.0f / std::sqrt(sum_in_pairs(squares) / columns + eps);
+}
+
+// 1 / sqrt(mean of squares + eps) of a row, whose numbers go to `wide` in the order of T, unless they are float32.
 template <typename T>
-inline void add_row(const T* x, const T* residual, int64_t columns, T* sum) {
-  for_row(columns, [&](int64_t i, int, auto n) TRL_FAST_INLINE {
-    narrow_part(widen_part(x + i, n) + widen_part(residual + i, n), n, sum + i);
+TRL_FAST_INLINE inline float row_rstd(const T* x, int64_t columns, float eps, float* wide) {
+  Two squares = {};
+  for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE {
+    const Two v = widen_two(x + i, n);
+    if constexpr (sizeof(T) == 2) store_two(wide + i, v);
+    squares = squares + v * v;
   });
+  return rstd_of(squares, columns, eps);
 }
 
-// 1 / sqrt(mean of squares + eps) of a row.
+// The same of x + residual, rounded, which is written.
 template <typename T>
-inline float row_rstd(const T* x, int64_t columns, float eps) {
-  Vec squares[2] = {};
-  for_row(columns, [&](int64_t i, int k, auto n) TRL_FAST_INLINE {
-    const Vec v = widen_part(x + i, n);
-    squares[k] += v * v;
+inline float add_row(const T* x, const T* residual, int64_t columns, float eps, T* sum, float* wide) {
+  Two squares = {};
+  for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE {
+    const Two added = widen_two(x + i, n) + widen_two(residual + i, n), v = rounded<T>(added);
+    narrow_two(sum + i, added, n);
+    if constexpr (sizeof(T) == 2) store_two(wide + i, v);
+    squares = squares + v * v;
   });
-  return 1.0f / std::sqrt(sum_in_pairs(squares[0] + squares[1]) / columns + eps);
+  return rstd_of(squares, columns, eps);
 }
 
-// Writes the norm of a row.
+// Writes the norm of a row x. wide: its numbers, as row_rstd or add_row put them there.
 template <typename T, bool kRoundsFirst>
-inline void norm_row(const T* x, const float* factors, int64_t columns, float rstd, T* out) {
-  for_row(columns, [&](int64_t i, int, auto n) TRL_FAST_INLINE {
-    const Vec normed = widen_part(x + i, n) * splat(rstd);
-    narrow_part((kRoundsFirst ? rounded<T>(normed) : normed) * load(factors + i), n, out + i);
+TRL_FAST_INLINE inline void norm_row(const T* x, const float* wide, const float* factors, int64_t columns, float rstd,
+                                     T* out) {
+  for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE {
+    const Two normed = (sizeof(T) == 2 ? load_two(wide + i) : widen_two(x + i, n)) * rstd;
+    narrow_two(out + i, (kRoundsFirst ? rounded<T>(normed) : normed) * load_two(factors + i), n);
   });
 }
 
-// The gradient by the normalised row: that by the result, times the weight.
-template <typename T, bool kRoundsFirst>
-inline Vec by_normed(Vec grad, const float* factors) {
-  const Vec product = grad * load(factors);
-  return kRoundsFirst ? rounded<T>(product) : product;
-}
+// A row on its way backward: g is the gradient by the normalised row n = x rstd, which is that by the result times the
+// weight. Of 16-bit rows both are kept, in the order of T, until their mean product is known; float32 ones are cheaper
+// read again.
+template <typename T>
+struct BackwardRow {
+  const T *grad, *x;
+  const float* factors;
+  float rstd;
+  float *g, *n;  // room for both
+};
 
-// mean(g n), g being the gradient by the normalised row n = x rstd. partial: null, or where the gradient by the weight
-// is added.
-template <typename T, bool kRoundsFirst>
-inline float mean_product(const T* grad, const T* x, const float* factors, int64_t columns, float rstd,
-                          float* partial) {
-  Vec products[2] = {};
-  for_row(columns, [&](int64_t i, int k, auto n) TRL_FAST_INLINE {
-    const Vec normed = widen_part(x + i, n) * splat(rstd), g = widen_part(grad + i, n);
-    products[k] += by_normed<T, kRoundsFirst>(g, factors + i) * normed;
-    if (partial) {
-      const Vec by_weight = g * (kRoundsFirst ? rounded<T>(normed) : normed);
-      narrow_part(widen_part(partial + i, n) + by_weight, n, partial + i);
+// mean(g n). With kSums the gradient by the weight is added to `sums`.
+template <bool kRoundsFirst, bool kSums, typename T>
+TRL_FAST_INLINE inline float mean_product(const BackwardRow<T>& row, int64_t columns, float* sums) {
+  Two products = {};
+  for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE {
+    const Two normed = widen_two(row.x + i, n) * row.rstd, by_result = widen_two(row.grad + i, n);
+    const Two product = by_result * load_two(row.factors + i), g = kRoundsFirst ? rounded<T>(product) : product;
+    products = products + g * normed;
+    if constexpr (sizeof(T) == 2) {
+      store_two(row.g + i, g);
+      store_two(row.n + i, normed);
+    }
+    if constexpr (kSums) {
+      store_two(sums + i, load_two(sums + i) + by_result * (kRoundsFirst ? rounded<T>(normed) : normed));
     }
   });
-  return sum_in_pairs(products[0] + products[1]) / columns;
+  return sum_in_pairs(products) / columns;
+}
+
+// sums: null, or room for as many numbers as there are columns.
+template <bool kRoundsFirst, typename T>
+TRL_FAST_INLINE inline float mean_product(const BackwardRow<T>& row, int64_t columns, float* sums) {
+  return sums ? mean_product<kRoundsFirst, true>(row, columns, sums)
+              : mean_product<kRoundsFirst, false>(row, columns, sums);
 }
 
 // Writes the gradient by x, rstd (g - n mean(g n)). grad_sum: null, or what is added to it.
-template <typename T, bool kRoundsFirst>
-inline void norm_backward_row(const T* grad, const T* x, const float* factors, int64_t columns, float rstd, float mean,
-                              const T* grad_sum, T* out) {
-  const auto write = [&](const auto& more) {
-    for_row(columns, [&](int64_t i, int, auto n) TRL_FAST_INLINE {
-      const Vec normed = widen_part(x + i, n) * splat(rstd);
-      const Vec g = by_normed<T, kRoundsFirst>(widen_part(grad + i, n), factors + i);
-      narrow_part(more(splat(rstd) * (g - normed * splat(mean)), i, n), n, out + i);
+template <typename T>
+TRL_FAST_INLINE inline void norm_backward_row(const BackwardRow<T>& row, int64_t columns, float mean,
+                                              const T* grad_sum, T* out) {
+  const auto write = [&](const auto& more) TRL_FAST_INLINE {
+    for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE {
+      Two g, normed;
+      if constexpr (sizeof(T) == 2) {
+        g = load_two(row.g + i), normed = load_two(row.n + i);
+      } else {
+        g = widen_two(row.grad + i, n) * load_two(row.factors + i), normed = widen_two(row.x + i, n) * row.rstd;
+      }
+      narrow_two(out + i, more((g - normed * mean) * row.rstd, i, n), n);
     });
   };
-  if (!grad_sum) return write([](Vec by_x, int64_t, auto) { return by_x; });
-  write([&](Vec by_x, int64_t i, auto n) { return rounded<T>(by_x) + widen_part(grad_sum + i, n); });
+  if (!grad_sum) return write([](Two by_x, int64_t, auto) TRL_FAST_INLINE { return by_x; });
+  write([&](Two by_x, int64_t i, auto n) TRL_FAST_INLINE { return rounded<T>(by_x) + widen_two(grad_sum + i, n); });
 }
 
 void norm(const NormArgs& args, int64_t begin, int64_t end) {
   const int64_t columns = args.weight.columns;
   with_norm(args.weight, [&]<typename T, bool kRoundsFirst>(T*, std::bool_constant<kRoundsFirst>) {
     const NormFactors<T> factors(args.weight);
+    const Room<float> wide(columns);
     for (int64_t r = begin; r < end; ++r) {
       const T* x = row_of<T>(args.x, r);
       if (args.residual.data) {
         T* sum = static_cast<T*>(args.sum) + r * columns;
-        add_row(x, row_of<T>(args.residual, r), columns, sum);
+        args.rstd[r] = add_row(x, row_of<T>(args.residual, r), columns, args.eps, sum, wide.data());
         x = sum;
+      } else {
+        args.rstd[r] = row_rstd(x, columns, args.eps, wide.data());
       }
       T* out = static_cast<T*>(args.out) + r * columns;
-      args.rstd[r] = row_rstd(x, columns, args.eps);
-      norm_row<T, kRoundsFirst>(x, factors.data(), columns, args.rstd[r], out);
+      norm_row<T, kRoundsFirst>(x, wide.data(), factors.data(), columns, args.rstd[r], out);
     }
   });
 }
@@ -120,19 +168,20 @@ void norm_backward(const NormArgs& args, int64_t begin, int64_t end) {
   const int64_t columns = args.weight.columns;
   with_norm(args.weight, [&]<typename T, bool kRoundsFirst>(T*, std::bool_constant<kRoundsFirst>) {
     const NormFactors<T> factors(args.weight);
+    const Room<float> g_row(columns), n_row(columns);
+    WeightSums<T> sums(columns);
+    float* added_to = args.partials ? sums.data() : nullptr;
     for (int64_t block = begin; block < end; ++block) {
-      float* partial = args.partials ? args.partials + block * columns : nullptr;
-      if (partial) std::fill(partial, partial + columns, 0.0f);
       const int64_t last = std::min((block + 1) * trl_fast::kNormBlock, args.rows);
       for (int64_t r = block * trl_fast::kNormBlock; r < last; ++r) {
-        const T *grad = row_of<T>(args.grad, r), *x = row_of<T>(args.x, r);
-        const float rstd = args.rstd[r];
-        const float mean = mean_product<T, kRoundsFirst>(grad, x, factors.data(), columns, rstd, partial);
+        const BackwardRow<T> row = {
+            row_of<T>(args.grad, r), row_of<T>(args.x, r), factors.data(), args.rstd[r], g_row.data(), n_row.data()};
+        const float mean = mean_product<kRoundsFirst>(row, columns, added_to);
         if (!args.out) continue;
         const T* grad_sum = args.grad_sum.data ? row_of<T>(args.grad_sum, r) : nullptr;
-        T* out = static_cast<T*>(args.out) + r * columns;
-        norm_backward_row<T, kRoundsFirst>(grad, x, factors.data(), columns, rstd, mean, grad_sum, out);
+        norm_backward_row(row, columns, mean, grad_sum, static_cast<T*>(args.out) + r * columns);
       }
+      if (args.partials) sums.write(args.partials + block * columns);
     }
   });
 }

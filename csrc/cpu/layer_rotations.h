@@ -1,9 +1,6 @@
 // Rotary embeddings of heads, alone and after a norm, once per translation unit.
 #pragma once
 
-#include <type_traits>
-#include <utility>
-
 #include "layer_norms.h"
 
 namespace {
@@ -14,71 +11,32 @@ using trl_fast::Pairs;
 using trl_fast::RotaryArgs;
 using trl_fast::Turns;
 
-struct Pair {
-  Vec a, b;
+// The first and the second numbers of kTwo pairs.
+struct PairsOfTwo {
+  Two a, b;
 };
 
-// Numbers with even and odd places in two vectors, and back.
-#if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
-template <int... kPlaces>
-inline Pair split_pairs(Vec first, Vec second, std::integer_sequence<int, kPlaces...>) {
-  return {__builtin_shufflevector(first, second, (2 * kPlaces)...),
-          __builtin_shufflevector(first, second, (2 * kPlaces + 1)...)};
-}
-template <int... kPlaces>
-inline Pair join_pairs(Vec a, Vec b, std::integer_sequence<int, kPlaces...>) {
-  return {__builtin_shufflevector(a, b, (kPlaces / 2 + kPlaces % 2 * kWidth)...),
-          __builtin_shufflevector(a, b, ((kPlaces + kWidth) / 2 + kPlaces % 2 * kWidth)...)};
-}
-#else
-template <int... kPlaces>
-inline Pair split_pairs(Vec first, Vec second, std::integer_sequence<int, kPlaces...>) {
-  float both[2 * kWidth];
-  store(both, first);
-  store(both + kWidth, second);
-  return {Vec{both[2 * kPlaces]...}, Vec{both[2 * kPlaces + 1]...}};
-}
-template <int... kPlaces>
-inline Pair join_pairs(Vec a, Vec b, std::integer_sequence<int, kPlaces...>) {
-  float both[2 * kWidth];
-  for (int i = 0; i < kWidth; ++i) {
-    both[2 * i] = a[i];
-    both[2 * i + 1] = b[i];
-  }
-  return {load(both), load(both + kWidth)};
-}
-#endif
-constexpr std::make_integer_sequence<int, kWidth> kPlacesOfVector{};
-
-// Values i to i + n of the first and the second numbers of pairs.
-template <bool kAdjacent, typename T, typename N>
-inline Pair load_pairs(const T* x, int64_t half, int64_t i, N n) {
+// Pairs i to i + n. kOrder: whether halves are put in the order "by pairs"; adjacent pairs come as they lie in memory.
+template <bool kAdjacent, bool kOrder, typename T, typename N>
+TRL_FAST_INLINE inline PairsOfTwo load_pairs(const T* x, int64_t half, int64_t i, N n) {
   if constexpr (!kAdjacent) {
-    return {widen_part(x + i, n), widen_part(x + half + i, n)};
+    return {reordered<kByPairs<T>, kOrder>(widen_two(x + i, n)),
+            reordered<kByPairs<T>, kOrder>(widen_two(x + half + i, n))};
   } else {
-    const T* from = x + 2 * i;
-    if constexpr (std::is_same_v<N, Whole>)
-      return split_pairs(widen(from), widen(from + kWidth), kPlacesOfVector);
-    else
-      return split_pairs(widen_part(from, 2 * n), widen_part(from + kWidth, 2 * n - kWidth), kPlacesOfVector);
+    const Two first = reordered<kByPairs<T>, true>(widen_two(x + 2 * i, first_of_two(n)));
+    const Two second = reordered<kByPairs<T>, true>(widen_two(x + 2 * i + kTwo, second_of_two(n)));
+    return {{first.a, second.a}, {first.b, second.b}};
   }
 }
 
-template <bool kAdjacent, typename T, typename N>
-inline void store_pairs(Pair pair, T* x, int64_t half, int64_t i, N n) {
+template <bool kAdjacent, bool kOrder, typename T, typename N>
+TRL_FAST_INLINE inline void store_pairs(PairsOfTwo pairs, T* x, int64_t half, int64_t i, N n) {
   if constexpr (!kAdjacent) {
-    narrow_part(pair.a, n, x + i);
-    narrow_part(pair.b, n, x + half + i);
+    narrow_two(x + i, reordered<kOrder, kByPairs<T>>(pairs.a), n);
+    narrow_two(x + half + i, reordered<kOrder, kByPairs<T>>(pairs.b), n);
   } else {
-    const Pair joined = join_pairs(pair.a, pair.b, kPlacesOfVector);
-    T* to = x + 2 * i;
-    if constexpr (std::is_same_v<N, Whole>) {
-      narrow(to, joined.a);
-      narrow(to + kWidth, joined.b);
-    } else {
-      narrow_part(joined.a, 2 * n, to);
-      if (2 * n > kWidth) narrow_part(joined.b, 2 * n - kWidth, to + kWidth);
-    }
+    narrow_two(x + 2 * i, reordered<true, kByPairs<T>>({pairs.a.a, pairs.b.a}), first_of_two(n));
+    narrow_two(x + 2 * i + kTwo, reordered<true, kByPairs<T>>({pairs.a.b, pairs.b.b}), second_of_two(n));
   }
 }
 
@@ -86,15 +44,20 @@ inline void store_pairs(Pair pair, T* x, int64_t half, int64_t i, N n) {
 class TokenTurn {
  public:
   explicit TokenTurn(const Turns& turns)
-      : turns_(turns), half_(turns.width / 2), room_(padded(half_)), factors_(4 * room_ + 2 * half_) {}
+      : turns_(turns), half_(turns.width / 2), room_(padded_to_two(half_)), factors_(4 * room_) {}
 
-  // Reads the factors of a token.
+  // Reads the factors of a token for heads of T.
+  template <typename T>
   void read(int64_t row, int64_t token) {
     float *cos = factors_.data(), *sin = cos + 2 * room_;
-    read_row(turns_.cos, row * turns_.cos_strides[0] + token * turns_.cos_strides[1], cos, cos + room_);
-    read_row(turns_.sin, row * turns_.sin_strides[0] + token * turns_.sin_strides[1], sin, sin + room_);
+    const int64_t cos_row = row * turns_.cos_strides[0] + token * turns_.cos_strides[1];
+    const int64_t sin_row = row * turns_.sin_strides[0] + token * turns_.sin_strides[1];
+    with_type(turns_.dtype, [&]<typename Angle>(Angle*) {
+      read_row<T>(static_cast<const Angle*>(turns_.cos) + cos_row, cos, cos + room_);
+      read_row<T>(static_cast<const Angle*>(turns_.sin) + sin_row, sin, sin + room_);
+    });
     if (turns_.is_backward) {
-      for (int64_t i = 0; i < half_; ++i) {
+      for (int64_t i = 0; i < room_; ++i) {
         const float first = sin[i];
         sin[i] = -sin[room_ + i];
         sin[room_ + i] = -first;
@@ -102,72 +65,82 @@ class TokenTurn {
     }
   }
 
-  // Turns the first numbers of a head and copies the others.
+  // Turns the first numbers of a token's heads and copies the others. stride: from head to head of x; out is
+  // contiguous.
   template <typename T>
-  void apply(const T* x, int64_t width, T* out) const {
+  void apply(const T* x, int64_t stride, int64_t heads, int64_t width, T* out) const {
     const bool reads_adjacent =
         turns_.pairs == Pairs::kAdjacent || (turns_.pairs == Pairs::kAdjacentToHalves && !turns_.is_backward);
     const bool writes_adjacent =
         turns_.pairs == Pairs::kAdjacent || (turns_.pairs == Pairs::kAdjacentToHalves && turns_.is_backward);
+    const HeadsOfToken<T> all = {x, stride, heads, width, out};
     if (turns_.upcast) {
-      turn<T, false>(x, reads_adjacent, writes_adjacent, out);
+      turn<T, false>(all, reads_adjacent, writes_adjacent);
     } else {
-      turn<T, true>(x, reads_adjacent, writes_adjacent, out);
+      turn<T, true>(all, reads_adjacent, writes_adjacent);
     }
-    if (width > turns_.width) std::memcpy(out + turns_.width, x + turns_.width, (width - turns_.width) * sizeof(T));
+    if (width == turns_.width) return;
+    for (int64_t head = 0; head < heads; ++head, x += stride, out += width) {
+      std::memcpy(out + turns_.width, x + turns_.width, (width - turns_.width) * sizeof(T));
+    }
   }
 
  private:
-  // Widens cos or sin of a token, those of first numbers of pairs and those of second ones.
-  void read_row(const void* from, int64_t offset, float* first, float* second) {
-    with_type(turns_.dtype, [&](auto* type) {
-      const auto* row = static_cast<decltype(type)>(const_cast<void*>(from)) + offset;
-      if (turns_.one_angle_a_pair) {
-        widen_values(row, half_, first);
-        std::copy(first, first + half_, second);
-      } else if (turns_.pairs == Pairs::kHalves) {
-        widen_values(row, half_, first);
-        widen_values(row + half_, half_, second);
-      } else {
-        float* all = factors_.data() + 4 * room_;
-        widen_values(row, 2 * half_, all);
-        for (int64_t i = 0; i < half_; ++i) {
-          first[i] = all[2 * i];
-          second[i] = all[2 * i + 1];
-        }
-      }
-    });
-  }
-
   template <typename T>
-  static void widen_values(const T* from, int64_t n, float* to) {
-    for_row(n, [&](int64_t i, int, auto count)
-                   TRL_FAST_INLINE { narrow_part(widen_part(from + i, count), count, to + i); });
+  struct HeadsOfToken {
+    const T* x;
+    int64_t stride, heads, width;
+    T* out;
+  };
+
+  // Widens cos or sin of a token, those of first numbers of pairs and those of second ones, in the order of the heads'
+  // numbers that they are multiplied by.
+  template <typename T, typename Angle>
+  void read_row(const Angle* row, float* first, float* second) const {
+    if (turns_.pairs == Pairs::kHalves) {
+      widen_row<kByPairs<T>>(row, half_, first);
+      if (!turns_.one_angle_a_pair) return widen_row<kByPairs<T>>(row + half_, half_, second);
+    } else if (turns_.one_angle_a_pair) {
+      widen_row<false>(row, half_, first);
+    } else {
+      return for_row(2 * half_, [&](int64_t i, auto n) TRL_FAST_INLINE {
+        const Two both = reordered<kByPairs<Angle>, true>(widen_two(row + i, n));
+        store(first + i / 2, both.a);
+        store(second + i / 2, both.b);
+      });
+    }
+    std::copy(first, first + room_, second);
   }
 
   template <typename T, bool kRounds>
-  void turn(const T* x, bool reads_adjacent, bool writes_adjacent, T* out) const {
-    if (reads_adjacent && writes_adjacent) return turn_pairs<T, kRounds, true, true>(x, out);
-    if (reads_adjacent) return turn_pairs<T, kRounds, true, false>(x, out);
-    if (writes_adjacent) return turn_pairs<T, kRounds, false, true>(x, out);
-    turn_pairs<T, kRounds, false, false>(x, out);
+  void turn(const HeadsOfToken<T>& all, bool reads_adjacent, bool writes_adjacent) const {
+    if (reads_adjacent && writes_adjacent) return turn_pairs<kRounds, true, true>(all);
+    if (reads_adjacent) return turn_pairs<kRounds, true, false>(all);
+    if (writes_adjacent) return turn_pairs<kRounds, false, true>(all);
+    turn_pairs<kRounds, false, false>(all);
   }
 
-  template <typename T, bool kRounds, bool kFrom, bool kTo>
-  void turn_pairs(const T* x, T* out) const {
-    const auto product = [](Vec left, Vec right) { return kRounds ? rounded<T>(left * right) : left * right; };
+  template <bool kRounds, bool kFrom, bool kTo, typename T>
+  void turn_pairs(const HeadsOfToken<T>& all) const {
+    constexpr bool by_pairs = kByPairs<T> && !kFrom && !kTo;
+    const auto product = [](Two left, Two right)
+                             TRL_FAST_INLINE { return kRounds ? rounded<T>(left * right) : left * right; };
     const float *cos = factors_.data(), *sin = cos + 2 * room_;
-    for_row(half_, [&](int64_t i, int, auto n) TRL_FAST_INLINE {
-      const Pair pair = load_pairs<kFrom>(x, half_, i, n);
-      const Vec a = product(pair.a, load(cos + i)) - product(pair.b, load(sin + i));
-      const Vec b = product(pair.b, load(cos + room_ + i)) + product(pair.a, load(sin + room_ + i));
-      store_pairs<kTo>({a, b}, out, half_, i, n);
-    });
+    const T* x = all.x;
+    T* out = all.out;
+    for (int64_t head = 0; head < all.heads; ++head, x += all.stride, out += all.width) {
+      for_row(half_, [&](int64_t i, auto n) TRL_FAST_INLINE {
+        const PairsOfTwo x_pairs = load_pairs<kFrom, by_pairs>(x, half_, i, n);
+        const Two a = product(x_pairs.a, load_two(cos + i)) - product(x_pairs.b, load_two(sin + i));
+        const Two b = product(x_pairs.b, load_two(cos + room_ + i)) + product(x_pairs.a, load_two(sin + room_ + i));
+        store_pairs<kTo, by_pairs>({a, b}, out, half_, i, n);
+      });
+    }
   }
 
   const Turns& turns_;
   const int64_t half_, room_;
-  Room<float> factors_;  // cos and sin of first and second numbers, and room for a row as it is given
+  Room<float> factors_;  // cos and sin of first and of second numbers
 };
 
 template <typename T>
@@ -181,11 +154,9 @@ void rotary(const RotaryArgs& args, int64_t begin, int64_t end) {
   with_type(heads.dtype, [&]<typename T>(T*) {
     for (int64_t place = begin; place < end; ++place) {
       const int64_t row = place / heads.tokens, token = place % heads.tokens;
-      turn.read(row, token);
-      T* out = static_cast<T*>(args.out) + place * heads.heads * heads.width;
-      for (int64_t head = 0; head < heads.heads; ++head, out += heads.width) {
-        turn.apply(head_at<T>(heads.x, heads.x_strides, row, head, token), heads.width, out);
-      }
+      turn.read<T>(row, token);
+      turn.apply(head_at<T>(heads.x, heads.x_strides, row, 0, token), heads.x_strides[1], heads.heads, heads.width,
+                 static_cast<T*>(args.out) + place * heads.heads * heads.width);
     }
   });
 }
@@ -197,20 +168,23 @@ void norm_rotary(const NormRotaryArgs& args, int64_t begin, int64_t end) {
   TokenTurn turn(args.turns);
   with_norm(args.norm, [&]<typename T, bool kRoundsFirst>(T*, std::bool_constant<kRoundsFirst>) {
     const NormFactors<T> factors(args.norm);
-    const Room<T> normed(columns);
+    const Room<T> normed(heads.heads * heads.width);
+    const int64_t stride = padded_to_two(columns);
+    const Room<float> wide(norms * stride);
     for (int64_t place = begin; place < end; ++place) {
       const int64_t row = place / heads.tokens, token = place % heads.tokens;
       const auto x = [&](int64_t k) { return head_at<T>(heads.x, heads.x_strides, row, k, token); };
       float* rstd = args.rstd + place * norms;
-      for (int64_t k = 0; k < norms; ++k) rstd[k] = row_rstd(x(k), columns, args.eps);
-      turn.read(row, token);
-      T* out = static_cast<T*>(args.out) + place * heads.heads * heads.width;
       for (int64_t k = 0; k < norms; ++k) {
-        norm_row<T, kRoundsFirst>(x(k), factors.data(), columns, rstd[k], normed.data());
-        for (int64_t i = 0; i < columns; i += heads.width, out += heads.width) {
-          turn.apply(normed.data() + i, heads.width, out);
-        }
+        rstd[k] = row_rstd(x(k), columns, args.eps, wide.data() + k * stride);
       }
+      turn.read<T>(row, token);
+      for (int64_t k = 0; k < norms; ++k) {
+        norm_row<T, kRoundsFirst>(x(k), wide.data() + k * stride, factors.data(), columns, rstd[k],
+                                  normed.data() + k * columns);
+      }
+      turn.apply(normed.data(), heads.width, heads.heads, heads.width,
+                 static_cast<T*>(args.out) + place * heads.heads * heads.width);
     }
   });
 }
@@ -221,31 +195,33 @@ void norm_rotary_backward(const NormRotaryArgs& args, int64_t tokens, int64_t be
   TokenTurn turn(args.turns);
   with_norm(args.norm, [&]<typename T, bool kRoundsFirst>(T*, std::bool_constant<kRoundsFirst>) {
     const NormFactors<T> factors(args.norm);
-    const Room<float> means(norms);
+    const int64_t stride = padded_to_two(columns);
+    const Room<float> means(norms), g_rows(norms * stride), n_rows(norms * stride);
     const Room<T> grads(heads.heads * heads.width);
+    WeightSums<T> sums(columns);
+    float* added_to = args.partials ? sums.data() : nullptr;
     for (int64_t block = begin; block < end; ++block) {
-      float* partial = args.partials ? args.partials + block * columns : nullptr;
-      if (partial) std::fill(partial, partial + columns, 0.0f);
       const int64_t last = std::min((block + 1) * trl_fast::kTokenBlock, tokens);
       for (int64_t place = block * trl_fast::kTokenBlock; place < last; ++place) {
         const int64_t row = place / heads.tokens, token = place % heads.tokens;
         const auto x = [&](int64_t k) { return head_at<T>(heads.x, heads.x_strides, row, k, token); };
         const float* rstd = args.rstd + place * norms;
-        turn.read(row, token);
-        for (int64_t head = 0; head < heads.heads; ++head) {
-          const T* turned = head_at<T>(args.grad, args.grad_strides, row, head, token);
-          turn.apply(turned, heads.width, grads.data() + head * heads.width);
-        }
+        turn.read<T>(row, token);
+        turn.apply(head_at<T>(args.grad, args.grad_strides, row, 0, token), args.grad_strides[1], heads.heads,
+                   heads.width, grads.data());
+        const auto norm_row_of = [&](int64_t k) {
+          return BackwardRow<T>{grads.data() + k * columns, x(k), factors.data(), rstd[k], g_rows.data() + k * stride,
+                                n_rows.data() + k * stride};
+        };
         for (int64_t k = 0; k < norms; ++k) {
-          means.data()[k] = mean_product<T, kRoundsFirst>(grads.data() + k * columns, x(k), factors.data(), columns,
-                                                          rstd[k], partial);
+          means.data()[k] = mean_product<kRoundsFirst>(norm_row_of(k), columns, added_to);
         }
         for (int64_t k = 0; args.out && k < norms; ++k) {
           T* out = static_cast<T*>(args.out) + (place * norms + k) * columns;
-          norm_backward_row<T, kRoundsFirst>(grads.data() + k * columns, x(k), factors.data(), columns, rstd[k],
-                                             means.data()[k], static_cast<const T*>(nullptr), out);
+          norm_backward_row<T>(norm_row_of(k), columns, means.data()[k], nullptr, out);
         }
       }
+      if (args.partials) sums.write(args.partials + block * columns);
     }
   });
 }

@@ -1,23 +1,23 @@
-// What the kernels of layers share: rows of strided tensors, whole vectors and the rest of a row, roundings. Like
-// simd.h it lives in an unnamed namespace, once per translation unit.
+// What the kernels of layers share: rows of strided tensors, room for numbers, sums. Like simd.h it lives in an
+// unnamed namespace, once per translation unit.
 #pragma once
 
 #include <new>
 #include <utility>
 
 #include "layer_kernels.h"
-#include "row_chunks.h"
+#include "layer_vectors.h"
 
 namespace {
 
-// Room for numbers, with whole vectors that lie in one cache line each. A std::vector of floats would be one type for
-// all instruction sets, and the linker would keep the code of any of them.
+// Room for numbers, with whole pairs of vectors that lie in one cache line each. A std::vector of floats would be one
+// type for all instruction sets, and the linker would keep the code of any of them.
 template <typename T>
 class Room {
  public:
   explicit Room(int64_t size)
-      : numbers_(static_cast<T*>(::operator new(padded(size) * sizeof(T), std::align_val_t{64}))) {
-    std::memset(numbers_, 0, padded(size) * sizeof(T));
+      : numbers_(static_cast<T*>(::operator new(padded_to_two(size) * sizeof(T), std::align_val_t{64}))) {
+    std::memset(numbers_, 0, padded_to_two(size) * sizeof(T));
   }
   Room(const Room&) = delete;
   ~Room() { ::operator delete(numbers_, std::align_val_t{64}); }
@@ -26,51 +26,6 @@ class Room {
  private:
   T* numbers_;
 };
-
-// A whole vector, where a function takes the number of values that are there.
-struct Whole {};
-
-// The first n values, or all of a vector; zeros after them.
-template <typename T>
-inline Vec widen_part(const T* from, int64_t n) {
-  if (n >= kWidth) return widen(from);
-  T part[kWidth] = {};
-  if (n > 0) std::memcpy(part, from, n * sizeof(T));
-  return widen(part);
-}
-template <typename T>
-inline Vec widen_part(const T* from, Whole) {
-  return widen(from);
-}
-template <typename T>
-inline void narrow_part(Vec from, Whole, T* to) {
-  narrow(to, from);
-}
-
-// Rounds to the dtype.
-template <typename T>
-inline Vec rounded(Vec x) {
-  return rounded_to(static_cast<const T*>(nullptr), x);
-}
-
-// Behind the arguments of a lambda that is called in several places of a loop: GCC makes a function of a longer one.
-#define TRL_FAST_INLINE __attribute__((always_inline))
-
-// Calls f(i, k, n) for the vectors of a row, n being Whole or the number of values in the last one; k is 0 and 1 in
-// turn: two sums that do not wait for each other.
-template <typename F>
-inline void for_row(int64_t columns, F f) {
-  int64_t i = 0;
-  for (; i + 2 * kWidth <= columns; i += 2 * kWidth) {
-    f(i, 0, Whole{});
-    f(i + kWidth, 1, Whole{});
-  }
-  if (i + kWidth <= columns) {
-    f(i, 0, Whole{});
-    i += kWidth;
-  }
-  if (i < columns) f(i, 1, columns - i);
-}
 
 // The sum of a vector's numbers, in pairs: short rows would wait for a chain of additions.
 #if defined(__has_builtin) && __has_builtin(__builtin_shufflevector)
@@ -93,6 +48,7 @@ inline float sum_in_pairs(Vec x) {
   return parts[0];
 }
 #endif
+inline float sum_in_pairs(Two x) { return sum_in_pairs(x.a + x.b); }
 
 template <typename T>
 inline const T* row_of(const trl_fast::Rows& rows, int64_t r) {

@@ -48,7 +48,19 @@ inline Vec load(const float* p) {
 
 inline void store(float* p, Vec x) { std::memcpy(p, &x, sizeof(x)); }
 
+// a > b ? a : b and a < b ? a : b: the second one, if one of them is NaN.
+#if defined(CPU_CAPABILITY_AVX512)
+// GCC 12 makes two instructions of the comparisons.
+inline Vec maximum(Vec a, Vec b) {
+  return bits_as<Vec>(_mm512_maskz_max_ps(0xffff, bits_as<__m512>(a), bits_as<__m512>(b)));
+}
+inline Vec minimum(Vec a, Vec b) {
+  return bits_as<Vec>(_mm512_maskz_min_ps(0xffff, bits_as<__m512>(a), bits_as<__m512>(b)));
+}
+#else
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+inline Vec minimum(Vec a, Vec b) { return a < b ? a : b; }
+#endif
 
 // In halves: a chain of log2(kWidth) steps.
 template <typename T, typename F>
@@ -95,6 +107,35 @@ inline Vec exp_vec(Vec x) {
   p = p * r + splat(1.0f);
   p = p * r + splat(1.0f);
   return x < splat(-87.3f) ? Vec{} : times_power(p, n, shifted);
+}
+
+// e^x for -87.3 <= x <= 88.6 alone: the exponent is added in place. Other x, and NaN, give any number.
+inline Vec times_power_of_two(Vec mantissa, Vec shifted) {
+  return bits_as<Vec>(bits_as<UVec>(mantissa) + (bits_as<UVec>(shifted) << 23));
+}
+
+// To about 1 ulp: x = n ln2 + r, |r| <= ln2 / 2, polynomial in r (Cephes expf).
+inline Vec exp_between(const float*, Vec x) {
+  const Vec magic = splat(12582912.0f);
+  const Vec shifted = x * splat(1.44269504088896341f) + magic;
+  const Vec n = shifted - magic;
+  const Vec r = x - n * splat(0.693359375f) - n * splat(-2.12194440e-4f);
+  const Vec r2 = r * r;
+  // In pairs of terms: a chain of additions half as long.
+  Vec p = splat(1.9875691500e-4f) * r + splat(1.3981999507e-3f);
+  p = p * r2 + (splat(8.3334519073e-3f) * r + splat(4.1665795894e-2f));
+  p = p * r2 + (splat(1.6666665459e-1f) * r + splat(5.0000001201e-1f));
+  return times_power_of_two(p * r2 + r + splat(1.0f), shifted);
+}
+
+// For what is rounded to 16 bits afterwards, to 1e-5: e^x = 2^n 2^f, |f| <= 1 / 2, minimax polynomial in f.
+inline Vec exp_between(const uint16_t*, Vec x) {
+  const Vec magic = splat(12582912.0f), log2_of_e = splat(1.44269504088896341f);
+  const Vec shifted = x * log2_of_e + magic;
+  const Vec f = x * log2_of_e - (shifted - magic);
+  Vec p = splat(9.57009667e-3f) * f + splat(5.59178599e-2f);
+  p = p * (f * f) + (splat(2.4024745e-1f) * f + splat(6.93121815e-1f));
+  return times_power_of_two(p * f + splat(0.999999261f), shifted);
 }
 
 struct Tanh {
@@ -157,10 +198,23 @@ inline void store_halves(void* p, UVec low) {
 
 inline void narrow(float* p, Vec x) { store(p, x); }
 
-// Round to nearest even; NaN becomes the quiet NaN. The bits of the result are the upper halves.
-inline UVec bfloat16_bits(Vec x) {
+// Numbers whose upper halves are x rounded to bfloat16, to nearest even; the lower halves are left over. Of NaN, only
+// those stay NaN of which a lower half is not full of ones, as those of instructions and of bfloat16 numbers are.
+inline UVec rounded_bits(Vec x) {
   const UVec u = bits_as<UVec>(x);
-  const UVec rounded = u + 0x7fffu + ((u >> 16) & 1u);
+#if defined(CPU_CAPABILITY_AVX512)
+  // 0x7fff and the last bit that stays, as the two halves of (u & 0x10000) | 0x7fff, which one instruction adds.
+  const __m512i halves =
+      _mm512_ternarylogic_epi32(bits_as<__m512i>(u), _mm512_set1_epi32(0x10000), _mm512_set1_epi32(0x7fff), 0xea);
+  return u + bits_as<UVec>(_mm512_madd_epi16(halves, _mm512_set1_epi16(1)));
+#else
+  return u + 0x7fffu + ((u >> 16) & 1u);
+#endif
+}
+
+// The same, but every NaN becomes the quiet one.
+inline UVec bfloat16_bits(Vec x) {
+  const UVec rounded = rounded_bits(x);
   return x == x ? rounded : UVec{} + 0x7fc00000u;
 }
 
@@ -244,13 +298,9 @@ inline void narrow(Float16* p, Vec x) {
 }
 #endif
 
-// Rounds to a dtype and widens again; of bfloat16's NaN, only those stay NaN of which a lower half is not full of
-// ones, as those of instructions and of bfloat16 numbers are.
+// Rounds to a dtype and widens again; NaN as rounded_bits says.
 inline Vec rounded_to(const float*, Vec x) { return x; }
-inline Vec rounded_to(const BFloat16*, Vec x) {
-  const UVec u = bits_as<UVec>(x);
-  return bits_as<Vec>((u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
-}
+inline Vec rounded_to(const BFloat16*, Vec x) { return bits_as<Vec>(rounded_bits(x) & 0xffff0000u); }
 inline Vec rounded_to(const Float16*, Vec x) {
 #if defined(CPU_CAPABILITY_AVX512)
   const int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;

@@ -39,15 +39,17 @@ def test_16_bits_are_those_of_pytorch(dtype, activation, backend):
         assert (got == want).float().mean() > 0.98
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_far_values(activation):
+def test_far_values(activation, dtype):
     """Far from 0 the activation is x or 0, and its derivative 1 or 0: nothing overflows on the way, as in PyTorch."""
-    far = torch.tensor([1e3, 89.0, 100.0, 1e10, 3e38, -1e3, -89.0, -87.5, -1e10, -3e38]).requires_grad_()
+    far = torch.tensor([1e3, 89.0, 87.5, 100.0, 1e10, 3e38, -1e3, -89.0, -87.5, -1e10, -3e38])
+    far = far.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max).to(dtype).requires_grad_()
     up = torch.ones_like(far).requires_grad_()
     out = gated_activation(far, up, activation, backend="cpp")
     gradients, values = torch.autograd.grad(out.sum(), (far, up))
     right = far.detach().clamp(min=0)
-    for got, want in ((out, right), (values, right), (gradients, (right > 0).float())):
+    for got, want in ((out, right), (values, right), (gradients, (right > 0).to(dtype))):
         torch.testing.assert_close(got.detach(), want, rtol=1e-6, atol=1e-30)
 
 
