@@ -219,7 +219,7 @@ def _put_in(
             use_segment_attention(base_model(policy))
         trainer.ref_model = None if reference is None else freeze(reference)
         if reference is not None:
-            trainer._prepare_reference(base_model(policy), trainer.args)
+            trainer.reference._prepare(base_model(policy), trainer.args)
     if trainer.args.gradient_checkpointing:
         policy.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     trainer.model, trainer.ref_model = policy.train(), reference

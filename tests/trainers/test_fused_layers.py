@@ -40,7 +40,8 @@ def is_fused(model):
     """Whether a model's layers, and the function that turns its queries and keys, are ours."""
     found = FUSED_LAYERS in changes_of(model)
     assert any(hasattr(module, "fused_class") for module in model.modules()) is found
-    return found and hasattr(modeling_llama.apply_rotary_pos_emb, "fused_from")
+    assert not found or hasattr(modeling_llama.apply_rotary_pos_emb, "fused_from")
+    return found
 
 
 def trainer_of(tokenizer, output_dir, method="DPO", **settings):
