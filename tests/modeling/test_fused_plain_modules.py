@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import replace
 
@@ -17,7 +18,7 @@ from trl_fast.modeling.fused_layers import FUSED_LAYERS, fuse_layers, plain_modu
 from trl_fast.modeling.loading import base_model, disable_dropout
 from trl_fast.modeling.model_changes import changes_of
 from trl_fast.modeling.upcast_linear_layers import upcast_linear_layers
-from trl_fast.ops.device import device_facts, simulated_device
+from trl_fast.ops.device import DeviceFacts, device_facts, simulated_device
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 340, (2, 13), generator=torch.Generator().manual_seed(0))
@@ -153,6 +154,26 @@ def test_16_bits_and_autocast_are_not_ours(calls):
     fuse_layers(narrow, CPU)
     narrow(input_ids=IDS, use_cache=False)
     assert calls["linear"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lora_under_autocast_is_ours_on_a_gpu(dtype, calls):
+    """The adapter is in float32, as PEFT makes it; on a CPU, whose 16-bit products have other ways, all is PEFT's."""
+    model = with_lora(tiny_model().to(dtype))
+    assert {weight.dtype for name, weight in model.named_parameters() if "lora_" in name} == {torch.float32}
+    right = run(copy.deepcopy(model).float())
+    gpu = DeviceFacts("cuda", multiplies_bf16=True, serves=lambda *_: False)
+    with simulated_device(gpu), torch.autocast("cpu", torch.bfloat16):
+        expected = run(model)
+        fuse_layers(base_model(model), CPU)
+        got = run(model)
+    assert calls["lora_linear"] == 14
+    for name, gradient in right[1].items():
+        error, allowed = ((found[1][name].float() - gradient).norm() for found in (got, expected))
+        assert error <= 2 * allowed, name
+    with torch.autocast("cpu", torch.bfloat16):
+        run(model)
+    assert calls["lora_linear"] == 14
 
 
 def test_single_tokens_are_not_ours(calls):

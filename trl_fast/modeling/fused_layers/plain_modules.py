@@ -17,6 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trl_fast.modeling.tied_weight import HEAD_WEIGHT
+from trl_fast.ops.backends import KERNEL_DTYPES
 from trl_fast.ops.device import device_facts
 from trl_fast.ops.layers import embedding, lora_linear, tied_embedding
 from trl_fast.ops.linear import MIN_ROWS, linear
@@ -115,8 +116,9 @@ def _lora_class() -> type[nn.Module]:
         base, lora_a, lora_b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
         one_dtype = x.dtype == base.weight.dtype == lora_a.dtype == lora_b.dtype
         # Elsewhere products of 16-bit numbers have ways of their own.
-        served = x.dtype == torch.float32 or x.device.type == "cuda"
-        if not (one_dtype and served) or torch.is_autocast_enabled(x.device.type):
+        on_gpu, autocasts = device_facts(x.device).is_cuda, torch.is_autocast_enabled(x.device.type)
+        served = on_gpu if autocasts else one_dtype and (on_gpu or x.dtype == torch.float32)
+        if not served or any(part.dtype not in KERNEL_DTYPES for part in (x, base.weight, lora_a, lora_b)):
             return LoraLinear.forward(self, x)
         return lora_linear(x, base.weight, base.bias, lora_a, lora_b, self.scaling[name])
 
