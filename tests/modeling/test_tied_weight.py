@@ -67,7 +67,9 @@ def assert_same_gradients(got, expected, rtol=1e-4):
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("options", [{}, {"token_loss": token_loss}, {"head": SPARSE}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"token_loss": token_loss}, {"head": SPARSE}], ids=["logprobs", "token_loss", "sparse"]
+)
 def test_rows_are_added_to_the_gradient_of_the_head(options, layout, trees, sums):
     """Also where it accumulates: one large gradient a micro-batch, and autograd adds it to the one that is there."""
     batch = pack_trees(trees, layout, 2)

@@ -8,6 +8,7 @@ import torch
 from support.heads import error, make_problem
 from trl_fast.ops import linear_cross_entropy, linear_logprob, linear_token_loss
 from trl_fast.ops.device import DeviceFacts
+from trl_fast.ops.head.kept_logits import KeptLogits
 from trl_fast.ops.head.plan import LOGITS, RAW_BLOCKS, plan_head
 from trl_fast.ops.head.row_kernels import ROW_KERNELS
 
@@ -29,6 +30,15 @@ def plan_of(dtype=torch.bfloat16, fast=False, backend="cpp", keep=LOGITS, softca
         workspace_bytes=1 << 24,
         facts=DeviceFacts("cpu", multiplies_bf16=fast),
     )
+
+
+@pytest.mark.parametrize("start, stop", [(0, 10), (1, 10), (3, 10), (4, 9), (6, 10), (9, 40), (10, 10)])
+def test_rows_move_to_the_front_also_where_they_reach_what_they_replace(start, stop):
+    values, tops = torch.randn(2, 10, 4), torch.randn(2, 10, 1)
+    wanted = values[:, start:stop].clone(), tops[:, start:stop].clone()
+    KeptLogits(values, tops, columns=4, chunk=4).move(slice(start, stop))
+    count = wanted[0].shape[1]
+    torch.testing.assert_close((values[:, :count], tops[:, :count]), wanted, rtol=0, atol=0)
 
 
 def test_twice_as_many_rows_fit():

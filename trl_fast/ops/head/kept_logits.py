@@ -106,11 +106,15 @@ class KeptLogits:
         return KeptLogits(self.values[:, rows], tops, self.columns, self.chunk)
 
     def move(self, rows: slice) -> None:
-        """Moves some rows to the front; they must not reach what they take the place of."""
-        count = max(0, min(rows.stop, self.num_rows) - rows.start)
+        """Moves some rows to the front."""
+        stop, distance = min(rows.stop, self.num_rows), rows.start
         for values in (self.values, self.tops):
-            if values is not None and count:
-                values[:, :count].copy_(values[:, rows.start : rows.start + count])
+            if values is None or distance == 0:
+                continue
+            # In parts that do not reach what they take the place of.
+            for start in range(distance, stop, distance):
+                end = min(start + distance, stop)
+                values[:, start - distance : end - distance].copy_(values[:, start:end])
 
     def tile(self, columns: slice, rows: slice = slice(None)) -> KeptTile:
         """Returns some columns, all of one tile, of some rows; columns of packed logits begin at a chunk."""
