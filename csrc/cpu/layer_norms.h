@@ -53,13 +53,13 @@ TRL_FAST_INLINE inline float rstd_of(Two squares, int64_t columns, float eps) {
   return 1.0f / std::sqrt(sum_in_pairs(squares) / columns + eps);
 }
 
-// 1 / sqrt(mean of squares + eps) of a row, whose numbers go to `wide` in the order of T, unless they are float32.
+// 1 / sqrt(mean of squares + eps) of a row, whose numbers go to `widened` in the order of T, unless they are float32.
 template <typename T>
-TRL_FAST_INLINE inline float row_rstd(const T* x, int64_t columns, float eps, float* wide) {
+TRL_FAST_INLINE inline float row_rstd(const T* x, int64_t columns, float eps, float* widened) {
   Two squares = {};
   for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE {
     const Two v = widen_two(x + i, n);
-    if constexpr (sizeof(T) == 2) store_two(wide + i, v);
+    if constexpr (sizeof(T) == 2) store_two(widened + i, v);
     squares = squares + v * v;
   });
   return rstd_of(squares, columns, eps);
@@ -67,23 +67,23 @@ TRL_FAST_INLINE inline float row_rstd(const T* x, int64_t columns, float eps, fl
 
 // The same of x + residual, rounded, which is written.
 template <typename T>
-inline float add_row(const T* x, const T* residual, int64_t columns, float eps, T* sum, float* wide) {
+inline float add_row(const T* x, const T* residual, int64_t columns, float eps, T* sum, float* widened) {
   Two squares = {};
   for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE {
     const Two added = widen_two(x + i, n) + widen_two(residual + i, n), v = rounded<T>(added);
     narrow_two(sum + i, added, n);
-    if constexpr (sizeof(T) == 2) store_two(wide + i, v);
+    if constexpr (sizeof(T) == 2) store_two(widened + i, v);
     squares = squares + v * v;
   });
   return rstd_of(squares, columns, eps);
 }
 
-// Writes the norm of a row x. wide: its numbers, as row_rstd or add_row put them there.
+// Writes the norm of a row x. widened: its numbers, as row_rstd or add_row put them there.
 template <typename T, bool kRoundsFirst>
-TRL_FAST_INLINE inline void norm_row(const T* x, const float* wide, const float* factors, int64_t columns, float rstd,
-                                     T* out) {
+TRL_FAST_INLINE inline void norm_row(const T* x, const float* widened, const float* factors, int64_t columns,
+                                     float rstd, T* out) {
   for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE {
-    const Two normed = (sizeof(T) == 2 ? load_two(wide + i) : widen_two(x + i, n)) * rstd;
+    const Two normed = (sizeof(T) == 2 ? load_two(widened + i) : widen_two(x + i, n)) * rstd;
     narrow_two(out + i, (kRoundsFirst ? rounded<T>(normed) : normed) * load_two(factors + i), n);
   });
 }
@@ -148,18 +148,18 @@ void norm(const NormArgs& args, int64_t begin, int64_t end) {
   const int64_t columns = args.weight.columns;
   with_norm(args.weight, [&]<typename T, bool kRoundsFirst>(T*, std::bool_constant<kRoundsFirst>) {
     const NormFactors<T> factors(args.weight);
-    const Room<float> wide(columns);
+    const Room<float> widened(columns);
     for (int64_t r = begin; r < end; ++r) {
       const T* x = row_of<T>(args.x, r);
       if (args.residual.data) {
         T* sum = static_cast<T*>(args.sum) + r * columns;
-        args.rstd[r] = add_row(x, row_of<T>(args.residual, r), columns, args.eps, sum, wide.data());
+        args.rstd[r] = add_row(x, row_of<T>(args.residual, r), columns, args.eps, sum, widened.data());
         x = sum;
       } else {
-        args.rstd[r] = row_rstd(x, columns, args.eps, wide.data());
+        args.rstd[r] = row_rstd(x, columns, args.eps, widened.data());
       }
       T* out = static_cast<T*>(args.out) + r * columns;
-      norm_row<T, kRoundsFirst>(x, wide.data(), factors.data(), columns, args.rstd[r], out);
+      norm_row<T, kRoundsFirst>(x, widened.data(), factors.data(), columns, args.rstd[r], out);
     }
   });
 }

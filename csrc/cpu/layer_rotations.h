@@ -170,17 +170,17 @@ void norm_rotary(const NormRotaryArgs& args, int64_t begin, int64_t end) {
     const NormFactors<T> factors(args.norm);
     const Room<T> normed(heads.heads * heads.width);
     const int64_t stride = padded_to_two(columns);
-    const Room<float> wide(norms * stride);
+    const Room<float> widened(norms * stride);
     for (int64_t place = begin; place < end; ++place) {
       const int64_t row = place / heads.tokens, token = place % heads.tokens;
       const auto x = [&](int64_t k) { return head_at<T>(heads.x, heads.x_strides, row, k, token); };
       float* rstd = args.rstd + place * norms;
       for (int64_t k = 0; k < norms; ++k) {
-        rstd[k] = row_rstd(x(k), columns, args.eps, wide.data() + k * stride);
+        rstd[k] = row_rstd(x(k), columns, args.eps, widened.data() + k * stride);
       }
       turn.read<T>(row, token);
       for (int64_t k = 0; k < norms; ++k) {
-        norm_row<T, kRoundsFirst>(x(k), wide.data() + k * stride, factors.data(), columns, rstd[k],
+        norm_row<T, kRoundsFirst>(x(k), widened.data() + k * stride, factors.data(), columns, rstd[k],
                                   normed.data() + k * columns);
       }
       turn.apply(normed.data(), heads.width, heads.heads, heads.width,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .backends import ENVIRONMENT_VARIABLE, supports, supports_triton
 
@@ -20,12 +21,17 @@ def _gradient_scale(gradient: torch.Tensor, factor: torch.Tensor) -> None:
     # Tensors of a GPU that is not there may be a CPU's.
     serves = supports("gradient_scale", "triton", gradient.device, gradient.dtype).ok
     if in_torch or not serves or not supports_triton(gradient.device.type).ok:
-        if factor.device.type != "cpu" or factor.item() != 1.0:
+        if not _is_known_one(factor):
             gradient.mul_(factor)
         return
     from trl_fast.kernels.gradient_scale import scale
 
     scale(gradient, factor)
+
+
+def _is_known_one(factor: torch.Tensor) -> bool:
+    """Tells whether the host sees, without waiting for a GPU, that a number is 1."""
+    return factor.device.type == "cpu" and not isinstance(factor, FakeTensor) and factor.item() == 1.0
 
 
 @_gradient_scale.register_fake

@@ -173,6 +173,7 @@ RANGES: dict[str, Range] = {
     "DistillationConfig.num_generations": COUNT,
     # Of any method: its config has been checked.
     "TrainingSetup.num_generations": COUNT,
+    "capability": Range(0, whole=True, many=True),
     "num_generations_eval": COUNT,
     "SamplingConfig.max_completion_length": Range(1, whole=True, optional=False),
     "generation_batch_size": COUNT,
@@ -283,7 +284,7 @@ def check_ranges(settings: Any) -> None:
             _check_finite(item, value)
         elif value is not None or not _takes_none(type(settings), item, allowed):
             _check(type(settings), item, value, allowed)
-            if allowed.whole and not isinstance(value, Integral):
+            if allowed.whole and not allowed.many and not isinstance(value, Integral):
                 object.__setattr__(settings, item.name, int(value))
 
 

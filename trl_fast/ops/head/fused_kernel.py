@@ -96,9 +96,10 @@ def tiles_of(kernel: str, device: torch.device) -> tuple[FusedTiles | None, str]
         return (cutlass_scores.CutlassTiles() if support.ok else None), support.reason
     from trl_fast.kernels.linear_scores import INTERPRETED_TILES, TILES
 
-    if not device_facts(device).is_cuda:
+    capability = device_facts(device).capability
+    if capability == (0, 0):
         return INTERPRETED_TILES, "Triton's interpreter, for tests only"
-    tiles = TILES.get(device_facts(device).capability)
+    tiles = TILES.get(capability)
     return tiles, "product and statistics in one Triton kernel" if tiles else "there are no tiles for this GPU"
 
 
