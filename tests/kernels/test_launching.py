@@ -50,8 +50,8 @@ def test_every_launcher_does_so(launcher, monkeypatch):
     entered = []
     monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or contextlib.nullcontext())
     with contextlib.suppress(Exception):  # It is no tensor, and whatever comes next is not what is tested.
-        launcher(SimpleNamespace(is_cuda=True, device="cuda:1"), *[None] * 20)
-    assert entered == ["cuda:1"]
+        launcher(SimpleNamespace(is_cuda=True, device=torch.device("cuda:1")), *[None] * 20)
+    assert entered == [torch.device("cuda:1")]
 
 
 def test_there_are_launchers():
