@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
+from transformers.models.llama import modeling_llama
 from transformers.pytorch_utils import Conv1D
 
 from support.models import tiny_model
@@ -66,6 +67,13 @@ def with_lora(model, **options):
     model = get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False, **options))
     disable_dropout(model)
     return model
+
+
+@pytest.fixture(autouse=True)
+def plain_rotary_function(monkeypatch):
+    """A family's models share it, and one that another test has fused may be there still."""
+    plain = getattr(modeling_llama.apply_rotary_pos_emb, "fused_from", modeling_llama.apply_rotary_pos_emb)
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", plain)
 
 
 @pytest.mark.parametrize(("family", "cls", "layers"), [("llama", nn.Linear, 14), ("gpt2", Conv1D, 8)])
