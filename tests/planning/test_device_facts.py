@@ -50,7 +50,7 @@ def tiling(device):
 def test_tiles_of_a_gpu_know_no_cache():
     rows, columns, *_ = tiling("gpu")
     # Logits in float32, whole chunks of those that are packed.
-    assert rows == 1536 and columns == WORKSPACE // 4 // (1536 * 4) // 2048 * 2048
+    assert rows == 768 and columns == WORKSPACE // 4 // (768 * 4) // 2048 * 2048
     assert 2 * tiling("cpu").num_rows * tiling("cpu").num_columns <= 16 << 20
 
 

@@ -466,11 +466,11 @@ def _room(row_bytes: int, workspace_bytes: int, policy: TilePolicy) -> int:
 def _scored_rows(num_rows: int, room: int, policy: TilePolicy) -> int:
     """Returns the rows of a tile that is scored; room: of the rows whose logits are kept at once.
 
-    Where not all rows are kept at once, blocks are of whole tiles, and a block of groups may need room for a tile
-    more: a tile is a part of the room.
+    A CPU cuts rows that are all kept into even tiles. Else blocks are of whole tiles, and a block of groups may need
+    room for a tile more: a tile is a part of the room.
     """
     step = policy.row_step
-    if num_rows <= room:
+    if num_rows <= room and not policy.whole_rows:
         return min(num_rows, round_up(even_step(num_rows, policy.scored_rows), step))
     tiles = max(policy.least_tiles, -(-room // policy.scored_rows))
     rows = max(1, room // tiles, min(room, step))
