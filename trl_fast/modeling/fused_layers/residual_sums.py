@@ -27,8 +27,9 @@ from .rewritten_code import RewrittenClass, rewritten_class
 def layer_class_for(layer: nn.Module, norms: Collection[nn.Module]) -> type[nn.Module] | None:
     """Returns a class for a decoder layer that adds and normalises at once; None if no norm of `norms` gains by it."""
     found = _layer_class(cast("Any", type(layer)))
-    gains = found is not None and any(getattr(layer, name, None) in norms for name in found.names)
-    return found.cls if found is not None and gains else None
+    if found is None or not any(getattr(layer, name, None) in norms for name in found.names):
+        return None
+    return found.cls
 
 
 @functools.cache
