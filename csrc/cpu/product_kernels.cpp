@@ -50,8 +50,10 @@ Cut cut_of(const MatrixProduct& product, const ProductPart& part) {
   const bool rounds = product.out_dtype != Dtype::kFloat32;
   const int64_t wanted = std::max<int64_t>(1, kLeftFloats / (block_steps * std::min<int64_t>(part.rows, 2048)));
   cut.blocks_at_once = rounds ? cut.blocks : std::min(cut.blocks, wanted);
-  const int64_t most_rows = kLeftFloats / (cut.blocks_at_once * block_steps) / kTileRows * kTileRows;
-  cut.rows_at_once = std::min(part.rows, std::max<int64_t>(kTileRows, most_rows));
+  const int64_t most_rows = std::max<int64_t>(kTileRows, kLeftFloats / (cut.blocks_at_once * block_steps));
+  // In equal parts of whole tiles: columns of `right` are packed once for each.
+  const int64_t even_rows = divided_up(part.rows, divided_up(part.rows, most_rows));
+  cut.rows_at_once = std::min(part.rows, divided_up(even_rows, kTileRows) * kTileRows);
   cut.left_floats = padded(cut.rows_at_once * cut.blocks_at_once * block_steps) + kWidth;
   cut.right_floats = kPackedColumns * block_steps;
   cut.sum_floats = rounds ? cut.rows_at_once * kPackedColumns : 0;

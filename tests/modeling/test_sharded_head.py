@@ -223,7 +223,7 @@ def memory_of_head(head: str, keeps: bool = False) -> list[tuple[int, int]]:
     keeps: whether the engine is to keep weights from forward to backward.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
-    plan.CPU_TILES = plan.CPU_TILES._replace(tile_bytes=600 * 4 * WIDTH)
+    plan.CPU_TILES = plan.CPU_TILES._replace(weight_bytes=600 * 4 * WIDTH)
     transient_weight.PIECE_BYTES = 500 * 4 * WIDTH
     model = measured_model(head)
     accelerator = Accelerator(cpu=True)

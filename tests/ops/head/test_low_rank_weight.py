@@ -22,7 +22,7 @@ def factors(rank: int) -> LowRankFactors:
 
 def test_factors_get_their_gradients_tile_by_tile(monkeypatch):
     monkeypatch.setattr(plan, "_MIN_TILE_COLUMNS", 64)
-    monkeypatch.setattr(plan, "CPU_TILES", plan.CPU_TILES._replace(tile_bytes=200 * WIDTH * 4))
+    monkeypatch.setattr(plan, "CPU_TILES", plan.CPU_TILES._replace(weight_bytes=200 * WIDTH * 4))
     monkeypatch.setattr(transient_weight, "PIECE_BYTES", 130 * WIDTH * 4)
     problem = make_problem(30, VOCABULARY, bias=True, softcap=9.0)
     adapted = LowRankWeight(problem.weight.detach(), [factors(rank) for rank in RANKS])

@@ -44,7 +44,7 @@ def compare(replicated: bool) -> list[str]:
     """Returns where the gradients of this rank's rows are not the mean over ranks of the whole ones."""
     dist.init_process_group("gloo")
     # Tiles and pieces that are much smaller than the vocabulary.
-    plan._MIN_TILE_COLUMNS, plan.CPU_TILES = 64, plan.CPU_TILES._replace(tile_bytes=200 * 24 * 4)
+    plan._MIN_TILE_COLUMNS, plan.CPU_TILES = 64, plan.CPU_TILES._replace(weight_bytes=200 * 24 * 4)
     transient_weight.PIECE_BYTES = 130 * 24 * 4
     rank, ranks = dist.get_rank(), dist.get_world_size()
     group, replicas, size = dist.group.WORLD, None, ranks

@@ -55,7 +55,7 @@ class DivergenceHead:
             yield slice(0, num_columns), self.weight
             return
         policy = CPU_TILES if device_facts(self.weight.device).kind == "cpu" else GPU_TILES
-        most = max(1, policy.tile_bytes // max(1, hidden_size * self.product.itemsize))
+        most = max(1, policy.weight_bytes // max(1, hidden_size * self.product.itemsize))
         width = even_step(num_columns, most)
         if self._cast is None:
             self._cast = pooled_empty((width, hidden_size), self.product, self.weight.device)

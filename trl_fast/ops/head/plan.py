@@ -103,14 +103,15 @@ class HeadOptions:
 class TilePolicy(NamedTuple):
     """Says how a kind of device wants the head cut.
 
-    tile_bytes: of a tile of logits, at most, and of a tile of the weight if `weight_tiles`; tile_rows: of a tile of
-    gradients, at most; scored_rows: of a tile that is scored, at most; row_step: the rows of such a tile are a
+    tile_bytes: of a tile of logits, at most; weight_bytes: of a tile of the weight, if `weight_tiles`; tile_rows: of a
+    tile of gradients, at most; scored_rows: of a tile that is scored, at most; row_step: the rows of such a tile are a
     multiple of it, if it has so many; least_tiles: so many of them have their logits kept at once, if that leaves
     tiles of row_step rows; whole_rows: kept logits lie in one tile of all columns; one_sweep: the unit gradient goes
     through the tiles that score, so that the weight is read once, and no logits are kept for it.
     """
 
     tile_bytes: int
+    weight_bytes: int
     tile_rows: int
     scored_rows: int
     row_step: int
@@ -120,10 +121,16 @@ class TilePolicy(NamedTuple):
     one_sweep: bool
 
 
-# Both kinds of tile stay in a CPU's cache; larger ones were no faster. Its libraries pack a tile of the weight for
-# every tile of rows: 15% of a product of 328 rows, 5% of one of 1024. A GPU's products are made of 128 or 256 rows.
-CPU_TILES = TilePolicy(32 << 20, 2048, 1024, 4, 2, weight_tiles=True, whole_rows=False, one_sweep=True)
-GPU_TILES = TilePolicy(256 << 20, 1 << 30, 2048, 256, 4, weight_tiles=False, whole_rows=True, one_sweep=False)
+# A tile of logits stays in a CPU's cache, beside what its products read and write. Its libraries pack a tile of the
+# weight for every tile of rows: 15% of a product of 328 rows, 5% of one of 1024. A GPU's products are made of 128 or
+# 256 rows.
+CPU_TILES = TilePolicy(8 << 20, 32 << 20, 2048, 1024, 4, 2, weight_tiles=True, whole_rows=False, one_sweep=True)
+GPU_TILES = TilePolicy(
+    *(256 << 20, 256 << 20, 1 << 30, 2048, 256, 4), weight_tiles=False, whole_rows=True, one_sweep=False
+)
+# Rows whose first numbers are a multiple of so many bytes apart share few places of a CPU's cache: the columns of such
+# a tile are read several times as slowly, and the weight's gradient reads columns.
+_CROWDED_STRIDE = 4096
 
 
 def workspace_of(asked: int | None, device: torch.device, facts: DeviceFacts) -> int:
@@ -240,6 +247,8 @@ class TileLimits(NamedTuple):
         rows, columns = even_step(num_rows, policy.tile_rows), self.weight_columns
         step, least = (CHUNK, CHUNK) if policy.whole_rows else (64, _MIN_TILE_COLUMNS)
         columns = max(least, min(columns, budget // max(1, rows * element)) // step * step)
+        if not policy.whole_rows and columns > least and columns * self.product_bytes % _CROWDED_STRIDE == 0:
+            columns -= step
         columns = min(self.vocab_size, columns) if kept_columns is None else kept_columns
         return max(1, min(rows, budget // (columns * element))), columns
 
@@ -432,7 +441,7 @@ def _weight_tile(
     vocab_size, hidden_size = weight_shape
     column_bytes = max(1, hidden_size * product.itemsize)
     if policy.weight_tiles:
-        return min(vocab_size, policy.tile_bytes // column_bytes), workspace_bytes
+        return min(vocab_size, policy.weight_bytes // column_bytes), workspace_bytes
     if weight_dtype == product:
         return vocab_size, workspace_bytes
     columns = vocab_size
