@@ -108,9 +108,9 @@ void gate(const GateArgs& args, int64_t begin, int64_t end) {
     const T *gates = static_cast<const T*>(args.gate) + from, *ups = static_cast<const T*>(args.up) + from;
     T* out = static_cast<T*>(args.out) + row * args.columns + column;
     for_row(count, [&](int64_t i, auto n) TRL_FAST_INLINE {
-      const Two x = widen_two(gates + i, n);
+      const Two x = read_two(gates + i, n);
       const Two value = {activated<T, kind>(x.a).value, activated<T, kind>(x.b).value};
-      narrow_two(out + i, rounded<T>(value) * widen_two(ups + i, n), n);
+      write_two(out + i, rounded<T>(value) * read_two(ups + i, n), n);
     });
   });
 }
@@ -123,11 +123,11 @@ void gate_backward(const GateArgs& args, int64_t begin, int64_t end) {
     const T* grads = static_cast<const T*>(args.grad) + row * args.columns + column;
     T *grad_gate = static_cast<T*>(args.grad_gate) + to, *grad_up = static_cast<T*>(args.grad_up) + to;
     for_row(count, [&](int64_t i, auto n) TRL_FAST_INLINE {
-      const Two x = widen_two(gates + i, n);
+      const Two x = read_two(gates + i, n);
       const Activated a = activated<T, kind>(x.a), b = activated<T, kind>(x.b);
-      const Two grad = widen_two(grads + i, n), up = widen_two(ups + i, n);
-      narrow_two(grad_gate + i, rounded<T>(grad * up) * Two{a.derivative, b.derivative}, n);
-      narrow_two(grad_up + i, grad * rounded<T>(Two{a.value, b.value}), n);
+      const Two grad = read_two(grads + i, n), up = read_two(ups + i, n);
+      write_two(grad_gate + i, rounded<T>(grad * up) * Two{a.derivative, b.derivative}, n);
+      write_two(grad_up + i, grad * rounded<T>(Two{a.value, b.value}), n);
     });
   });
 }

@@ -65,20 +65,7 @@ TRL_FAST_INLINE inline float row_rstd(const T* x, int64_t columns, float eps, fl
   return rstd_of(squares, columns, eps);
 }
 
-// The same of x + residual, rounded, which is written.
-template <typename T>
-inline float add_row(const T* x, const T* residual, int64_t columns, float eps, T* sum, float* widened) {
-  Two squares = {};
-  for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE {
-    const Two added = widen_two(x + i, n) + widen_two(residual + i, n), v = rounded<T>(added);
-    narrow_two(sum + i, added, n);
-    if constexpr (sizeof(T) == 2) store_two(widened + i, v);
-    squares = squares + v * v;
-  });
-  return rstd_of(squares, columns, eps);
-}
-
-// Writes the norm of a row x. widened: its numbers, as row_rstd or add_row put them there.
+// Writes the norm of a row x. widened: its numbers, as row_rstd put them there.
 template <typename T, bool kRoundsFirst>
 TRL_FAST_INLINE inline void norm_row(const T* x, const float* widened, const float* factors, int64_t columns,
                                      float rstd, T* out) {
@@ -104,7 +91,7 @@ template <bool kRoundsFirst, bool kSums, typename T>
 TRL_FAST_INLINE inline float mean_product(const BackwardRow<T>& row, int64_t columns, float* sums) {
   Two products = {};
   for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE {
-    const Two normed = widen_two(row.x + i, n) * row.rstd, by_result = widen_two(row.grad + i, n);
+    const Two normed = read_two(row.x + i, n) * row.rstd, by_result = read_two(row.grad + i, n);
     const Two product = by_result * load_two(row.factors + i), g = kRoundsFirst ? rounded<T>(product) : product;
     products = products + g * normed;
     if constexpr (sizeof(T) == 2) {
@@ -137,30 +124,79 @@ TRL_FAST_INLINE inline void norm_backward_row(const BackwardRow<T>& row, int64_t
       } else {
         g = widen_two(row.grad + i, n) * load_two(row.factors + i), normed = widen_two(row.x + i, n) * row.rstd;
       }
-      narrow_two(out + i, more((g - normed * mean) * row.rstd, i, n), n);
+      write_two(out + i, more((g - normed * mean) * row.rstd, i, n), n);
     });
   };
   if (!grad_sum) return write([](Two by_x, int64_t, auto) TRL_FAST_INLINE { return by_x; });
-  write([&](Two by_x, int64_t i, auto n) TRL_FAST_INLINE { return rounded<T>(by_x) + widen_two(grad_sum + i, n); });
+  write([&](Two by_x, int64_t i, auto n) TRL_FAST_INLINE { return rounded<T>(by_x) + read_two(grad_sum + i, n); });
 }
+
+// Rows have two passes over their columns: first(i, n), then finish(), and second(i, n). A row's second pass and the
+// next row's first run in one loop: memory is read while numbers are computed, and nothing waits for a row's sum.
+template <typename Start>
+TRL_FAST_INLINE inline void in_two_passes(int64_t begin, int64_t end, int64_t columns, Start start) {
+  if (begin == end) return;
+  auto row = start(begin);
+  for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE { row.first(i, n); });
+  row.finish(columns);
+  for (int64_t r = begin + 1; r < end; ++r) {
+    auto next = start(r);
+    for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE {
+      next.first(i, n);
+      row.second(i, n);
+    });
+    next.finish(columns);
+    row = next;
+  }
+  for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE { row.second(i, n); });
+}
+
+// A row forward. kAdds: of x + residual, rounded, which is written to `sum`.
+template <typename T, bool kRoundsFirst, bool kAdds>
+struct ForwardRow {
+  const T *x, *residual;
+  const float* factors;
+  float eps;
+  T *sum, *out;
+  float* rstd;
+  Two squares = {};
+  float scale = 0.0f;
+
+  template <typename N>
+  TRL_FAST_INLINE void first(int64_t i, N n) {
+    Two v = read_two(x + i, n);
+    if constexpr (kAdds) {
+      const Two added = v + read_two(residual + i, n);
+      write_two(sum + i, added, n);
+      v = rounded<T>(added);
+    }
+    squares = squares + v * v;
+  }
+  TRL_FAST_INLINE void finish(int64_t columns) { scale = *rstd = rstd_of(squares, columns, eps); }
+  template <typename N>
+  TRL_FAST_INLINE void second(int64_t i, N n) {
+    const Two normed = widen_two((kAdds ? sum : x) + i, n) * scale;
+    write_two(out + i, (kRoundsFirst ? rounded<T>(normed) : normed) * load_two(factors + i), n);
+  }
+};
 
 void norm(const NormArgs& args, int64_t begin, int64_t end) {
   const int64_t columns = args.weight.columns;
   with_norm(args.weight, [&]<typename T, bool kRoundsFirst>(T*, std::bool_constant<kRoundsFirst>) {
     const NormFactors<T> factors(args.weight);
-    const Room<float> widened(columns);
-    for (int64_t r = begin; r < end; ++r) {
-      const T* x = row_of<T>(args.x, r);
-      if (args.residual.data) {
-        T* sum = static_cast<T*>(args.sum) + r * columns;
-        args.rstd[r] = add_row(x, row_of<T>(args.residual, r), columns, args.eps, sum, widened.data());
-        x = sum;
-      } else {
-        args.rstd[r] = row_rstd(x, columns, args.eps, widened.data());
-      }
-      T* out = static_cast<T*>(args.out) + r * columns;
-      norm_row<T, kRoundsFirst>(x, widened.data(), factors.data(), columns, args.rstd[r], out);
-    }
+    const auto run = [&]<bool kAdds>(std::bool_constant<kAdds>) {
+      in_two_passes(begin, end, columns, [&](int64_t r) TRL_FAST_INLINE {
+        return ForwardRow<T, kRoundsFirst, kAdds>{row_of<T>(args.x, r),
+                                                  kAdds ? row_of<T>(args.residual, r) : nullptr,
+                                                  factors.data(),
+                                                  args.eps,
+                                                  static_cast<T*>(args.sum) + r * columns,
+                                                  static_cast<T*>(args.out) + r * columns,
+                                                  args.rstd + r};
+      });
+    };
+    if (args.residual.data) return run(std::true_type{});
+    run(std::false_type{});
   });
 }
 

@@ -28,14 +28,18 @@ TRL_FAST_INLINE inline Two operator*(Two x, float y) { return {x.a * splat(y), x
 
 TRL_FAST_INLINE inline Two load_two(const float* p) { return {load(p), load(p + kWidth)}; }
 
-// Between two stores: the compiler may not swap them. Rows that are written backwards, be it in pairs of vectors, are
-// written up to a tenth slower.
-TRL_FAST_INLINE inline void in_this_order() { asm volatile("" ::: "memory"); }
-
 TRL_FAST_INLINE inline void store_two(float* p, Two x) {
   store(p, x.a);
-  in_this_order();
   store(p + kWidth, x.b);
+}
+
+// A store that the compiler leaves in its place among others of this kind: rows that are written backwards, be it in
+// pairs of vectors, are written up to a tenth slower. (An empty asm between stores would keep them in place, too, but
+// GCC then keeps pairs of vectors in memory.)
+template <typename V>
+TRL_FAST_INLINE inline void store_in_order(void* p, V x) {
+  typedef V Anywhere __attribute__((aligned(2), may_alias));
+  *static_cast<volatile Anywhere*>(p) = x;
 }
 
 // Numbers that fill whole pairs of vectors.
@@ -117,9 +121,8 @@ TRL_FAST_INLINE inline void narrow_two(T* p, Two x, Whole) {
     const UVec words = (rounded_bits(x.a) >> 16) | (rounded_bits(x.b) & 0xffff0000u);
     std::memcpy(p, &words, sizeof(words));
   } else {
-    narrow(p, x.a);
-    in_this_order();
-    narrow(p + kWidth, x.b);
+    store_in_order(p, narrowed(p, x.a));
+    store_in_order(p + kWidth, narrowed(p, x.b));
   }
 }
 
@@ -135,6 +138,29 @@ inline void narrow_two(T* p, Two x, int64_t n) {
   T part[kTwo];
   narrow_two(part, x, Whole{});
   for (int64_t i = 0; i < n; ++i) p[i] = part[i];
+}
+
+// Fetches what lies two pages behind kTwo numbers. The CPU's own prefetching ends at a page, and stores wait in order
+// for lines of memory, so that few are fetched at once.
+// lines of memory, so that few are fetched at once.
+template <typename T>
+TRL_FAST_INLINE inline void fetch_ahead(const T* p) {
+  constexpr int64_t pages = 8192, line = 64;
+  for (int64_t i = 0; i < kTwo * static_cast<int64_t>(sizeof(T)); i += line) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + pages + i));
+  }
+}
+
+// widen_two and narrow_two of memory that is read, or written, from one end to the other.
+template <typename T, typename N>
+TRL_FAST_INLINE inline Two read_two(const T* p, N n) {
+  fetch_ahead(p);
+  return widen_two(p, n);
+}
+template <typename T, typename N>
+TRL_FAST_INLINE inline void write_two(T* p, Two x, N n) {
+  fetch_ahead(p);
+  narrow_two(p, x, n);
 }
 
 // Of n pairs of numbers that lie side by side, the numbers in the first kTwo places and in the next kTwo.

@@ -196,6 +196,7 @@ inline void store_halves(void* p, UVec low) {
 }
 #endif
 
+inline Vec narrowed(const float*, Vec x) { return x; }
 inline void narrow(float* p, Vec x) { store(p, x); }
 
 // Numbers whose upper halves are x rounded to bfloat16, to nearest even; the lower halves are left over. Of NaN, only
@@ -251,16 +252,16 @@ inline void narrow_pair(BFloat16* p, VecPair x) {
 inline Vec widen(const Float16* p) {
   return bits_as<Vec>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
-inline void narrow(Float16* p, Vec x) {
+inline HVec narrowed(const Float16*, Vec x) {
   const int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, bits_as<__m512>(x), mode));
+  return bits_as<HVec>(_mm512_maskz_cvtps_ph(0xffff, bits_as<__m512>(x), mode));
 }
 #elif defined(CPU_CAPABILITY_AVX2)
 inline Vec widen(const Float16* p) {
   return bits_as<Vec>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
-inline void narrow(Float16* p, Vec x) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(bits_as<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+inline HVec narrowed(const Float16*, Vec x) {
+  return bits_as<HVec>(_mm256_cvtps_ph(bits_as<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
 }
 #else
 // Without conversion instructions: by exponent arithmetic. 2^112 moves a half's exponent to a float's, and subnormal
@@ -293,10 +294,17 @@ inline Vec widen(const Float16* p) {
   for (int i = 0; i < kWidth; ++i) x[i] = half_to_float(p[i].bits);
   return x;
 }
-inline void narrow(Float16* p, Vec x) {
-  for (int i = 0; i < kWidth; ++i) p[i].bits = float_to_half(x[i]);
+inline HVec narrowed(const Float16*, Vec x) {
+  HVec h;
+  for (int i = 0; i < kWidth; ++i) h[i] = float_to_half(x[i]);
+  return h;
 }
 #endif
+
+inline void narrow(Float16* p, Vec x) {
+  const HVec h = narrowed(p, x);
+  std::memcpy(p, &h, sizeof(h));
+}
 
 // Rounds to a dtype and widens again; NaN as rounded_bits says.
 inline Vec rounded_to(const float*, Vec x) { return x; }
