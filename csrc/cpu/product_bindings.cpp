@@ -1,4 +1,4 @@
-// Registers torch.ops.trl_fast.product; trl_fast/ops/matmul.py calls it.
+// Registers torch.ops.trl_fast.product and add_widened; trl_fast/ops/matmul.py calls them.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -18,6 +18,8 @@ namespace {
 
 // Multiplications that are worth a thread of their own: some microseconds.
 constexpr int64_t kTaskProducts = int64_t{1} << 19;
+// Additions that are: as many microseconds.
+constexpr int64_t kTaskNumbers = int64_t{1} << 15;
 
 // A thread's memory for packed factors, kept from call to call: fresh pages would take as long as small products do.
 class ThreadScratch {
@@ -125,12 +127,35 @@ void product(const at::Tensor& left, const at::Tensor& right, at::Tensor out, bo
   });
 }
 
+void add_widened(const at::Tensor& part, at::Tensor total) {
+  Matrix from = matrix_of(part, "part");
+  TORCH_CHECK_VALUE(total.dim() == 2 && total.device().is_cpu() && dtype_of(total, "total") == Dtype::kFloat32 &&
+                        total.sizes() == part.sizes(),
+                    "total: expected float32 of the part's shape, ", part.sizes(), ", on the CPU, got ",
+                    total.sizes());
+  const int64_t rows = total.size(0), columns = total.size(1), stride = total.stride(0);
+  TORCH_CHECK_VALUE(columns <= 1 || (total.stride(1) == 1 && part.stride(1) == 1),
+                    "part, total: expected contiguous rows, got strides ", part.strides(), " and ", total.strides());
+  float* const to = total.mutable_data_ptr<float>();
+  const int64_t row_bytes = from.row_stride * part.element_size();
+  at::parallel_for(0, rows, std::max<int64_t>(1, kTaskNumbers / std::max<int64_t>(1, columns)),
+                   [&](int64_t begin, int64_t end) {
+                     Matrix first = from;
+                     first.data = static_cast<const char*>(from.data) + begin * row_bytes;
+                     product_kernels().add(first, end - begin, columns, to + begin * stride, stride);
+                   });
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
   m.def("product(Tensor left, Tensor right, Tensor(a!) out, bool accumulate) -> ()");
+  m.def("add_widened(Tensor part, Tensor(a!) total) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(trl_fast, CPU, m) { m.impl("product", &product); }
+TORCH_LIBRARY_IMPL(trl_fast, CPU, m) {
+  m.impl("product", &product);
+  m.impl("add_widened", &add_widened);
+}
 
 }  // namespace trl_fast

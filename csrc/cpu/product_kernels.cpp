@@ -197,12 +197,25 @@ void multiply(const MatrixProduct& product, const ProductPart& part, float* memo
   }
 }
 
+void add(const Matrix& part, int64_t rows, int64_t columns, float* total, int64_t total_stride) {
+  with_type(part.dtype, [&](auto* null) {
+    const auto* const data = static_cast<decltype(null)>(const_cast<void*>(part.data));
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t i = 0; i < columns; i += kWidth) {
+        float* const to = total + row * total_stride + i;
+        narrow_part(widen_first(to, columns - i) + widen_first(data + row * part.row_stride + i, columns - i),
+                    columns - i, to);
+      }
+    }
+  });
+}
+
 }  // namespace
 
 namespace trl_fast {
 
 extern const ProductKernels TRL_FAST_JOIN(kProductKernels, CPU_CAPABILITY);
 const ProductKernels TRL_FAST_JOIN(kProductKernels, CPU_CAPABILITY) = {kTileRows, kTileColumns, scratch_floats,
-                                                                       multiply};
+                                                                       multiply, add};
 
 }  // namespace trl_fast

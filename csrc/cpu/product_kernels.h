@@ -43,6 +43,8 @@ struct ProductKernels {
   int64_t (*scratch_floats)(const MatrixProduct&, const ProductPart&);
   // `scratch` is aligned to 64 bytes.
   void (*multiply)(const MatrixProduct&, const ProductPart&, float* scratch);
+  // total (rows, columns) += the first rows and columns of `part`, in one pass. Rows of both are contiguous.
+  void (*add)(const Matrix& part, int64_t rows, int64_t columns, float* total, int64_t total_stride);
 };
 
 // The kernels of the instruction set that row_kernels() has.

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from support.instruction_sets import CPU_FLAGS, check_instruction_set
 from trl_fast.ops.backends import load_extension
@@ -67,8 +68,20 @@ def check_product(shape, layouts, dtypes=(torch.float32,) * 3, adds=False):
     assert errors.max() <= 6 * allowed
 
 
+def check_widened_sum(dtype, shape, gap=0):
+    """What is added to float32 has the bits of PyTorch's sum; what is beside it stays."""
+    part = laid_out("gaps", *shape, 0, dtype)
+    room = torch.randn(shape[0], shape[1] + gap, generator=torch.Generator().manual_seed(1))
+    total, expected = room[:, : shape[1]], room.clone()
+    expected[:, : shape[1]].add_(part)
+    torch.ops.trl_fast.add_widened(part, total)
+    assert torch.equal(room, expected)
+
+
 def check_all():
     assert load_extension().ok
+    for dtype, rows, columns in itertools.product(DTYPES, (0, 1, 37), (0, 1, 15, 64, 901)):
+        check_widened_sum(dtype, (rows, columns), gap=3)
     with simulated_device(replace(device_facts(CPU), own_products=True, multiplies_bf16=False)):
         for shape, *layouts in itertools.product(SHAPES, LAYOUTS, LAYOUTS, LAYOUTS[:3]):
             check_product(shape, layouts, adds=shape[0] % 2 == 1)
@@ -81,6 +94,29 @@ def check_all():
 @pytest.mark.parametrize("isa", CPU_FLAGS)
 def test_every_instruction_set(isa):
     check_instruction_set(isa, check_all)
+
+
+def test_a_library_s_products_are_added_without_a_copy():
+    class Operators(TorchDispatchMode):
+        names = ()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names += (func.name(),)
+            return func(*args, **(kwargs or {}))
+
+    left, right = laid_out("rows", 40, 30, 0, torch.bfloat16), laid_out("rows", 30, 50, 1, torch.bfloat16)
+    total, before = torch.ones(40, 50), torch.ones(40, 50)
+    with simulated_device(replace(device_facts(CPU), multiplies_bf16=True)), Operators() as operators:
+        add_mm(total, left, right)
+    assert operators.names == ("aten::mm", "trl_fast::add_widened")
+    assert torch.equal(total, before.add_(torch.mm(left, right)))
+
+
+def test_bad_sums_are_refused():
+    part = torch.zeros(4, 6)
+    for total in (torch.zeros(4, 5), torch.zeros(4, 6).half(), torch.zeros(6, 4).t(), torch.zeros(6)):
+        with pytest.raises(ValueError, match="total: "):
+            torch.ops.trl_fast.add_widened(part, total)
 
 
 def test_sums_are_added_in_the_result():

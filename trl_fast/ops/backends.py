@@ -108,7 +108,7 @@ def _register_fakes() -> None:
     rows = ("scores", "weights", "scores_packed", "grad_packed", "grad", "divergence")
     layers: tuple[str, ...] = ("rms_norm", "rms_norm_backward", "gated_activation", "gated_activation_backward")
     layers += ("rotary", "norm_rotary", "norm_rotary_backward")
-    for name in ("product", *(f"row_{name}" for name in rows), *(f"layer_{name}" for name in layers)):
+    for name in ("product", "add_widened", *(f"row_{name}" for name in rows), *(f"layer_{name}" for name in layers)):
         torch.library.register_fake(f"trl_fast::{name}", writes_to_arguments)
 
     @torch.library.register_fake("trl_fast::pooled_empty")
