@@ -7,26 +7,41 @@ namespace {
 
 using trl_fast::EmbeddingArgs;
 
-// Sums the rows of a group of places in float32, and what is there already if it is to be added to.
+// Writes zeros to rows. A memset would wait for each line of memory.
+template <typename T>
+inline void clear_rows(T* rows, int64_t count, int64_t columns) {
+  for_row(count * columns, [&](int64_t i, auto n) TRL_FAST_INLINE { write_two(rows + i, Two{}, n); });
+}
+
+// Sums the rows of a group of places in float32, and what is there already if it is to be added to. Rows lie anywhere:
+// those of later places are fetched meanwhile.
 template <typename T>
 inline void sum_group(const EmbeddingArgs& args, int64_t group, float* total, T* out) {
   const int64_t columns = args.columns, first = args.offsets[group], last = args.offsets[group + 1];
-  const T* grad = static_cast<const T*>(args.grad);
-  const T* row = grad + args.order[first] * columns;
+  const int64_t places = args.offsets[args.groups], places_ahead = kAhead / (columns * sizeof(T) + 1) + 1;
+  const auto for_row_of = [&](int64_t place, auto f) TRL_FAST_INLINE {
+    const auto row_at = [&](int64_t p) { return static_cast<const T*>(args.grad) + args.order[p] * columns; };
+    const T *row = row_at(place), *later = row_at(std::min(place + places_ahead, places - 1));
+    for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE {
+      fetch_two(later + i, 0);
+      f(row + i, i, n);
+    });
+  };
   if (!args.adds && last - first == 1) {
-    std::memcpy(out, row, columns * sizeof(T));
-    return;
+    return for_row_of(first, [&](const T* row, int64_t i, auto n) TRL_FAST_INLINE {
+      fetch_two(out + i, kAhead);
+      copy_two(row, out + i, n);
+    });
   }
-  for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE {
-    const Two first_row = widen_two(row + i, n);
+  for_row_of(first, [&](const T* row, int64_t i, auto n) TRL_FAST_INLINE {
+    const Two first_row = widen_two(row, n);
     store_two(total + i, args.adds ? widen_two(out + i, n) + first_row : first_row);
   });
   for (int64_t place = first + 1; place < last; ++place) {
-    row = grad + args.order[place] * columns;
-    for_row(columns, [&](int64_t i, auto n)
-                         TRL_FAST_INLINE { store_two(total + i, load_two(total + i) + widen_two(row + i, n)); });
+    for_row_of(place, [&](const T* row, int64_t i, auto n)
+                          TRL_FAST_INLINE { store_two(total + i, load_two(total + i) + widen_two(row, n)); });
   }
-  for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE { narrow_two(out + i, load_two(total + i), n); });
+  for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE { write_two(out + i, load_two(total + i), n); });
 }
 
 void embedding_gradient(const EmbeddingArgs& args, int64_t begin, int64_t end) {
@@ -37,9 +52,9 @@ void embedding_gradient(const EmbeddingArgs& args, int64_t begin, int64_t end) {
       const int64_t row = args.tokens[group];
       if (!args.adds) {  // zeros between the token before and this one, and behind the last
         const int64_t before = group ? args.tokens[group - 1] + 1 : 0;
-        std::memset(out + before * args.columns, 0, (row - before) * args.columns * sizeof(T));
+        clear_rows(out + before * args.columns, row - before, args.columns);
         if (group + 1 == args.groups) {
-          std::memset(out + (row + 1) * args.columns, 0, (args.rows - row - 1) * args.columns * sizeof(T));
+          clear_rows(out + (row + 1) * args.columns, args.rows - row - 1, args.columns);
         }
       }
       sum_group<T>(args, group, total.data(), out + row * args.columns);

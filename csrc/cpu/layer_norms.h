@@ -49,23 +49,23 @@ inline void with_norm(const NormWeight& weight, F f) {
   });
 }
 
-TRL_FAST_INLINE inline float rstd_of(Two squares, int64_t columns, float eps) {
-  return 1.0f / std::sqrt(sum_in_pairs(squares) / columns + eps);
+TRL_FAST_INLINE inline float rstd_of(float squares, int64_t columns, float eps) {
+  return 1.0f / std::sqrt(squares / columns + eps);
 }
 
-// 1 / sqrt(mean of squares + eps) of a row, whose numbers go to `widened` in the order of T, unless they are float32.
+// The sum of squares of a row, whose numbers go to `widened` in the order of T, unless they are float32.
 template <typename T>
-TRL_FAST_INLINE inline float row_rstd(const T* x, int64_t columns, float eps, float* widened) {
+TRL_FAST_INLINE inline float sum_of_squares(const T* x, int64_t columns, float* widened) {
   Two squares = {};
   for_row(columns, [&](int64_t i, auto n) TRL_FAST_INLINE {
-    const Two v = widen_two(x + i, n);
+    const Two v = read_two(x + i, n);
     if constexpr (sizeof(T) == 2) store_two(widened + i, v);
     squares = squares + v * v;
   });
-  return rstd_of(squares, columns, eps);
+  return sum_in_pairs(squares);
 }
 
-// Writes the norm of a row x. widened: its numbers, as row_rstd put them there.
+// Writes the norm of a row x. widened: its numbers, as sum_of_squares put them there.
 template <typename T, bool kRoundsFirst>
 TRL_FAST_INLINE inline void norm_row(const T* x, const float* widened, const float* factors, int64_t columns,
                                      float rstd, T* out) {
@@ -172,7 +172,7 @@ struct ForwardRow {
     }
     squares = squares + v * v;
   }
-  TRL_FAST_INLINE void finish(int64_t columns) { scale = *rstd = rstd_of(squares, columns, eps); }
+  TRL_FAST_INLINE void finish(int64_t columns) { scale = *rstd = rstd_of(sum_in_pairs(squares), columns, eps); }
   template <typename N>
   TRL_FAST_INLINE void second(int64_t i, N n) {
     const Two normed = widen_two((kAdds ? sum : x) + i, n) * scale;

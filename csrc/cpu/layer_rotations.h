@@ -18,27 +18,36 @@ struct PairsOfTwo {
 
 // Pairs i to i + n. kOrder: whether halves are put in the order "by pairs"; adjacent pairs come as they lie in memory.
 template <bool kAdjacent, bool kOrder, typename T, typename N>
-TRL_FAST_INLINE inline PairsOfTwo load_pairs(const T* x, int64_t half, int64_t i, N n) {
+TRL_FAST_INLINE inline PairsOfTwo load_pairs(const T* x, int64_t half, int64_t i, N n, int64_t ahead) {
   if constexpr (!kAdjacent) {
-    return {reordered<kByPairs<T>, kOrder>(widen_two(x + i, n)),
-            reordered<kByPairs<T>, kOrder>(widen_two(x + half + i, n))};
+    return {reordered<kByPairs<T>, kOrder>(read_two(x + i, n, ahead)),
+            reordered<kByPairs<T>, kOrder>(read_two(x + half + i, n, ahead))};
   } else {
-    const Two first = reordered<kByPairs<T>, true>(widen_two(x + 2 * i, first_of_two(n)));
-    const Two second = reordered<kByPairs<T>, true>(widen_two(x + 2 * i + kTwo, second_of_two(n)));
+    const Two first = reordered<kByPairs<T>, true>(read_two(x + 2 * i, first_of_two(n), ahead));
+    const Two second = reordered<kByPairs<T>, true>(read_two(x + 2 * i + kTwo, second_of_two(n), ahead));
     return {{first.a, second.a}, {first.b, second.b}};
   }
 }
 
 template <bool kAdjacent, bool kOrder, typename T, typename N>
-TRL_FAST_INLINE inline void store_pairs(PairsOfTwo pairs, T* x, int64_t half, int64_t i, N n) {
+TRL_FAST_INLINE inline void store_pairs(PairsOfTwo pairs, T* x, int64_t half, int64_t i, N n, int64_t ahead) {
   if constexpr (!kAdjacent) {
-    narrow_two(x + i, reordered<kOrder, kByPairs<T>>(pairs.a), n);
-    narrow_two(x + half + i, reordered<kOrder, kByPairs<T>>(pairs.b), n);
+    write_two(x + i, reordered<kOrder, kByPairs<T>>(pairs.a), n, ahead);
+    write_two(x + half + i, reordered<kOrder, kByPairs<T>>(pairs.b), n, ahead);
   } else {
-    narrow_two(x + 2 * i, reordered<true, kByPairs<T>>({pairs.a.a, pairs.b.a}), first_of_two(n));
-    narrow_two(x + 2 * i + kTwo, reordered<true, kByPairs<T>>({pairs.a.b, pairs.b.b}), second_of_two(n));
+    write_two(x + 2 * i, reordered<true, kByPairs<T>>({pairs.a.a, pairs.b.a}), first_of_two(n), ahead);
+    write_two(x + 2 * i + kTwo, reordered<true, kByPairs<T>>({pairs.a.b, pairs.b.b}), second_of_two(n), ahead);
   }
 }
+
+// The heads of a token to turn. x: every `stride` numbers one; out: one behind the other.
+template <typename T>
+struct HeadsOfToken {
+  const T* x;
+  int64_t stride, heads, width;
+  T* out;
+  int64_t read_ahead = kAhead, write_ahead = kAhead;  // 0 of room of our own
+};
 
 // The factors of a token's turn: (a, b) becomes (a cos_a - b sin_a, b cos_b + a sin_b).
 class TokenTurn {
@@ -65,34 +74,25 @@ class TokenTurn {
     }
   }
 
-  // Turns the first numbers of a token's heads and copies the others. stride: from head to head of x; out is
-  // contiguous.
+  // Turns the first numbers of a token's heads and copies the others.
   template <typename T>
-  void apply(const T* x, int64_t stride, int64_t heads, int64_t width, T* out) const {
+  void apply(const HeadsOfToken<T>& all) const {
     const bool reads_adjacent =
         turns_.pairs == Pairs::kAdjacent || (turns_.pairs == Pairs::kAdjacentToHalves && !turns_.is_backward);
     const bool writes_adjacent =
         turns_.pairs == Pairs::kAdjacent || (turns_.pairs == Pairs::kAdjacentToHalves && turns_.is_backward);
-    const HeadsOfToken<T> all = {x, stride, heads, width, out};
     if (turns_.upcast) {
       turn<T, false>(all, reads_adjacent, writes_adjacent);
     } else {
       turn<T, true>(all, reads_adjacent, writes_adjacent);
     }
-    if (width == turns_.width) return;
-    for (int64_t head = 0; head < heads; ++head, x += stride, out += width) {
-      std::memcpy(out + turns_.width, x + turns_.width, (width - turns_.width) * sizeof(T));
+    for (int64_t head = 0; all.width > turns_.width && head < all.heads; ++head) {
+      std::memcpy(all.out + head * all.width + turns_.width, all.x + head * all.stride + turns_.width,
+                  (all.width - turns_.width) * sizeof(T));
     }
   }
 
  private:
-  template <typename T>
-  struct HeadsOfToken {
-    const T* x;
-    int64_t stride, heads, width;
-    T* out;
-  };
-
   // Widens cos or sin of a token, those of first numbers of pairs and those of second ones, in the order of the heads'
   // numbers that they are multiplied by.
   template <typename T, typename Angle>
@@ -130,10 +130,10 @@ class TokenTurn {
     T* out = all.out;
     for (int64_t head = 0; head < all.heads; ++head, x += all.stride, out += all.width) {
       for_row(half_, [&](int64_t i, auto n) TRL_FAST_INLINE {
-        const PairsOfTwo x_pairs = load_pairs<kFrom, by_pairs>(x, half_, i, n);
+        const PairsOfTwo x_pairs = load_pairs<kFrom, by_pairs>(x, half_, i, n, all.read_ahead);
         const Two a = product(x_pairs.a, load_two(cos + i)) - product(x_pairs.b, load_two(sin + i));
         const Two b = product(x_pairs.b, load_two(cos + room_ + i)) + product(x_pairs.a, load_two(sin + room_ + i));
-        store_pairs<kTo, by_pairs>({a, b}, out, half_, i, n);
+        store_pairs<kTo, by_pairs>({a, b}, out, half_, i, n, all.write_ahead);
       });
     }
   }
@@ -155,8 +155,8 @@ void rotary(const RotaryArgs& args, int64_t begin, int64_t end) {
     for (int64_t place = begin; place < end; ++place) {
       const int64_t row = place / heads.tokens, token = place % heads.tokens;
       turn.read<T>(row, token);
-      turn.apply(head_at<T>(heads.x, heads.x_strides, row, 0, token), heads.x_strides[1], heads.heads, heads.width,
-                 static_cast<T*>(args.out) + place * heads.heads * heads.width);
+      turn.apply<T>({head_at<T>(heads.x, heads.x_strides, row, 0, token), heads.x_strides[1], heads.heads, heads.width,
+                     static_cast<T*>(args.out) + place * heads.heads * heads.width});
     }
   });
 }
@@ -175,16 +175,15 @@ void norm_rotary(const NormRotaryArgs& args, int64_t begin, int64_t end) {
       const int64_t row = place / heads.tokens, token = place % heads.tokens;
       const auto x = [&](int64_t k) { return head_at<T>(heads.x, heads.x_strides, row, k, token); };
       float* rstd = args.rstd + place * norms;
-      for (int64_t k = 0; k < norms; ++k) {
-        rstd[k] = row_rstd(x(k), columns, args.eps, widened.data() + k * stride);
-      }
+      for (int64_t k = 0; k < norms; ++k) rstd[k] = sum_of_squares(x(k), columns, widened.data() + k * stride);
+      for (int64_t k = 0; k < norms; ++k) rstd[k] = rstd_of(rstd[k], columns, args.eps);
       turn.read<T>(row, token);
       for (int64_t k = 0; k < norms; ++k) {
         norm_row<T, kRoundsFirst>(x(k), widened.data() + k * stride, factors.data(), columns, rstd[k],
                                   normed.data() + k * columns);
       }
-      turn.apply(normed.data(), heads.width, heads.heads, heads.width,
-                 static_cast<T*>(args.out) + place * heads.heads * heads.width);
+      T* out = static_cast<T*>(args.out) + place * heads.heads * heads.width;
+      turn.apply<T>({normed.data(), heads.width, heads.heads, heads.width, out, 0});
     }
   });
 }
@@ -207,8 +206,8 @@ void norm_rotary_backward(const NormRotaryArgs& args, int64_t tokens, int64_t be
         const auto x = [&](int64_t k) { return head_at<T>(heads.x, heads.x_strides, row, k, token); };
         const float* rstd = args.rstd + place * norms;
         turn.read<T>(row, token);
-        turn.apply(head_at<T>(args.grad, args.grad_strides, row, 0, token), args.grad_strides[1], heads.heads,
-                   heads.width, grads.data());
+        turn.apply<T>({head_at<T>(args.grad, args.grad_strides, row, 0, token), args.grad_strides[1], heads.heads,
+                       heads.width, grads.data(), kAhead, 0});
         const auto norm_row_of = [&](int64_t k) {
           return BackwardRow<T>{grads.data() + k * columns, x(k), factors.data(), rstd[k], g_rows.data() + k * stride,
                                 n_rows.data() + k * stride};

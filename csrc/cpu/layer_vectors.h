@@ -140,27 +140,36 @@ inline void narrow_two(T* p, Two x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = part[i];
 }
 
-// Fetches what lies two pages behind kTwo numbers. The CPU's own prefetching ends at a page, and stores wait in order
-// for lines of memory, so that few are fetched at once.
-// lines of memory, so that few are fetched at once.
+// How far ahead memory is fetched that is read, or written, from one end to the other: two pages. The CPU's own
+// prefetching ends at a page, and stores wait in order for lines of memory, so that few are fetched at once.
+constexpr int64_t kAhead = 8192;
+
 template <typename T>
-TRL_FAST_INLINE inline void fetch_ahead(const T* p) {
-  constexpr int64_t pages = 8192, line = 64;
-  for (int64_t i = 0; i < kTwo * static_cast<int64_t>(sizeof(T)); i += line) {
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + pages + i));
+TRL_FAST_INLINE inline void fetch_two(const T* p, int64_t ahead) {
+  for (int64_t i = 0; i < kTwo * static_cast<int64_t>(sizeof(T)); i += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + ahead + i));
   }
 }
 
-// widen_two and narrow_two of memory that is read, or written, from one end to the other.
+// widen_two and narrow_two of such memory.
 template <typename T, typename N>
-TRL_FAST_INLINE inline Two read_two(const T* p, N n) {
-  fetch_ahead(p);
+TRL_FAST_INLINE inline Two read_two(const T* p, N n, int64_t ahead = kAhead) {
+  fetch_two(p, ahead);
   return widen_two(p, n);
 }
 template <typename T, typename N>
-TRL_FAST_INLINE inline void write_two(T* p, Two x, N n) {
-  fetch_ahead(p);
+TRL_FAST_INLINE inline void write_two(T* p, Two x, N n, int64_t ahead = kAhead) {
+  fetch_two(p, ahead);
   narrow_two(p, x, n);
+}
+
+template <typename T>
+TRL_FAST_INLINE inline void copy_two(const T* from, T* to, Whole) {
+  std::memcpy(to, from, kTwo * sizeof(T));
+}
+template <typename T>
+inline void copy_two(const T* from, T* to, int64_t n) {
+  std::memcpy(to, from, n * sizeof(T));
 }
 
 // Of n pairs of numbers that lie side by side, the numbers in the first kTwo places and in the next kTwo.
