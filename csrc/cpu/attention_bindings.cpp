@@ -45,7 +45,8 @@ AttentionArgs attention_args(const at::Tensor& query, const at::Tensor& key, con
                     "query, key, value: expected (heads, T, D), got ", query.sizes(), ", ", key.sizes(), ", ",
                     value.sizes());
   const int64_t heads = query.size(0), groups = key.size(0), tokens = query.size(1), width = query.size(2);
-  TORCH_CHECK_VALUE(groups > 0 && heads % groups == 0, "query: ", heads, " heads are no multiple of ", groups);
+  TORCH_CHECK_VALUE(groups > 0 && heads > 0 && heads % groups == 0, "query: expected heads, a multiple of ", groups,
+                    ", got ", heads);
   TORCH_CHECK_VALUE(window >= 0, "window: expected tokens, or 0 for all, got ", window);
   AttentionArgs args = {};
   args.dtype = dtype_of(query, "query");

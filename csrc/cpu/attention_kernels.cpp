@@ -128,14 +128,11 @@ void compute_weights(const Softmax& state, int64_t row, const Seen& seen, Column
     float* const scores = state.scores + r * kKeyBlock;
     const Vec top = splat(state.tops[row + r]);
     Vec sums[2] = {load(state.sums + (row + r) * kWidth), Vec{}};
-    const auto add_weighted = [&](int64_t i, Vec& sum) {
-      const Vec weights = weight_vec(load(scores + i) - top);
-      store(scores + i, weights);
-      sum += weights;
-    };
-    int64_t i = at.begin;
-    for (; i + kWidth < at.end; i += 2 * kWidth) add_weighted(i, sums[0]), add_weighted(i + kWidth, sums[1]);
-    if (i < at.end) add_weighted(i, sums[0]);
+    for_vectors(at.end - at.begin, [&](int64_t i, int k) {
+      const Vec weights = weight_vec(load(scores + at.begin + i) - top);
+      store(scores + at.begin + i, weights);
+      sums[k] += weights;
+    });
     store(state.sums + (row + r) * kWidth, sums[0] + sums[1]);
   }
 }

@@ -122,6 +122,10 @@ AttentionRow::AttentionRow(const int64_t* segment_numbers, int64_t num_segments,
     if (s.start != next || s.end < s.start || s.tree_end < s.end || s.tree_end > tokens) {
       throw std::invalid_argument("segments: number " + std::to_string(n) + " does not stand behind the one before");
     }
+    if (s.offset < 0 || s.offset > s.start) {
+      throw std::invalid_argument("segments: number " + std::to_string(n) + " has " + std::to_string(s.offset) +
+                                  " tokens of its sequence before it, the row has " + std::to_string(s.start));
+    }
     while (!tree_ends.empty() && tree_ends.back() <= s.start) tree_ends.pop_back();
     if (!tree_ends.empty() && s.tree_end > tree_ends.back()) {
       throw std::invalid_argument("segments: number " + std::to_string(n) + " ends behind one that it continues");

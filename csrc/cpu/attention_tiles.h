@@ -122,8 +122,8 @@ int64_t most_rows(const AttentionArgs& args) {
 // What the rows of a strip, kStrip or at a tile's end fewer, see of a block.
 struct Seen {
   uint64_t by_row[kStrip];
-  uint64_t any, all;
-  int64_t rows;
+  uint64_t any = 0, all = ~uint64_t{0};
+  int64_t rows = 0;
 
   // First and last + 1 of the keys that a row sees.
   int64_t begin() const { return __builtin_ctzll(any); }
@@ -134,18 +134,16 @@ struct Seen {
 bool look(const AttentionArgs& args, const Tile& tile, const KeyBlock& block, Seen* seen) {
   int64_t row = 0;
   uint64_t any = 0;
-  const auto add = [&](uint64_t keys) {
-    Seen& strip = seen[row / kStrip];
-    if (row % kStrip == 0) strip.any = strip.rows = 0, strip.all = ~uint64_t{0};
-    strip.by_row[strip.rows++] = keys;
-    strip.any |= keys;
-    any |= keys;
-    strip.all &= keys;
-    ++row;
-  };
   for (int64_t t = 0; t < tile.tokens; ++t) {
     const uint64_t keys = keys_seen(args.mask, tile.first + t, block);
-    for (int64_t head = 0; head < args.group_size; ++head) add(keys);
+    any |= keys;
+    for (int64_t head = 0; head < args.group_size; ++head, ++row) {
+      Seen& strip = seen[row / kStrip];
+      if (row % kStrip == 0) strip = {};
+      strip.by_row[strip.rows++] = keys;
+      strip.any |= keys;
+      strip.all &= keys;
+    }
   }
   return any != 0;
 }

@@ -55,7 +55,7 @@ void narrow_chunk(const float* from, int64_t n, T* to) {
 }
 
 // Raw logits of columns [start, start + n), transformed in place; the derivative du/dz goes to `derivative` unless
-// null. Padding stays -inf or becomes -softcap / temperature, so callers put -inf back.
+// null. The rest of the last vector becomes -inf: a softcap has made it finite, a negative scale +inf.
 void transform_chunk(const trl_fast::Transform& t, int64_t start, int64_t n, float* u, float* derivative) {
   if (t.bias) {
     for (int64_t i = 0; i < n; ++i) u[i] += t.bias[start + i];

@@ -217,6 +217,7 @@ def test_opcheck(backend):
     "change, message",
     [
         ({"query": torch.zeros(4, 20)}, r"query: expected floats of shape \(heads, T, D\)"),
+        ({"query": torch.zeros(0, 20, 8)}, r"query: expected one head or more, got shape \(0, 20, 8\)"),
         ({"query": torch.zeros(3, 20, 8)}, r"key: expected shape \(key heads, 20, 8\), of which 3 heads are"),
         ({"key": torch.zeros(2, 19, 8)}, r"key: expected shape \(key heads, 20, 8\)"),
         ({"value": torch.zeros(1, 20, 8)}, r"value: expected shape \(2, 20, Dv\)"),
@@ -225,6 +226,8 @@ def test_opcheck(backend):
         ({"segments": [0, 20, 20]}, "segments: expected four numbers a segment, got 3"),
         ({"segments": [0, 9, 9, 0, 10, 20, 20, 0]}, "segments: number 1 does not stand behind the one before"),
         ({"segments": [0, 20, 21, 0]}, "segments: number 0 does not stand behind the one before"),
+        ({"segments": [0, 20, 20, -1]}, "segments: number 0 has -1 tokens of its sequence before it, the row has 0"),
+        ({"segments": [0, 9, 20, 0, 9, 20, 20, 10]}, "segments: number 1 has 10 tokens of its sequence before it"),
         ({"runs": [3, 21]}, "runs: number 0 leaves the row"),
         ({"runs": [3]}, "runs: expected two numbers a run"),
         ({"window": -1}, "window: expected tokens, or 0 for all"),
@@ -238,6 +241,14 @@ def test_bad_input_is_named(change, message):
         place |= {name: value for name, value in change.items() if name in place}
     with pytest.raises(ValueError, match=message):
         row_attention(*given.values(), TokenTable(**table), 0.3, backend="cpp")
+
+
+def test_the_kernels_themselves_refuse_queries_without_heads():
+    """A division by that number ended the process."""
+    heads, nothing, lse = torch.zeros(2, 20, 8), torch.zeros(0, 20, 8), torch.zeros(0, 20)
+    table = table_of(((20,),))
+    with pytest.raises(ValueError, match="query: expected heads, a multiple of 2, got 0"):
+        torch.ops.trl_fast.row_attention_forward(nothing, heads, heads, *table, 0.3, 0.0, nothing, lse)
 
 
 def test_gradients_of_other_shapes_are_refused():

@@ -172,6 +172,8 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
     if query.dim() != 3 or not query.is_floating_point():
         raise ValueError(f"query: expected floats of shape (heads, T, D), got {query.dtype} {tuple(query.shape)}")
     heads, tokens, width = query.shape
+    if not heads:
+        raise ValueError(f"query: expected one head or more, got shape {tuple(query.shape)}")
     if key.dim() != 3 or key.shape[1:] != (tokens, width) or not len(key) or heads % len(key):
         raise ValueError(
             f"key: expected shape (key heads, {tokens}, {width}), of which {heads} heads are a multiple, "
