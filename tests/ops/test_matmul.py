@@ -112,6 +112,15 @@ def test_a_library_s_products_are_added_without_a_copy():
     assert torch.equal(total, before.add_(torch.mm(left, right)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+def test_a_library_s_products_are_added_to_sums_of_other_dtypes(dtype):
+    left, right = laid_out("rows", 4, 6, 0, torch.bfloat16), laid_out("rows", 6, 5, 1, torch.bfloat16)
+    total = torch.ones(4, 5, dtype=dtype)
+    with simulated_device(replace(device_facts(CPU), own_products=False)):
+        add_mm(total, left, right)
+    assert torch.equal(total, torch.ones(4, 5, dtype=dtype).add_(torch.mm(left, right)))
+
+
 def test_bad_sums_are_refused():
     part = torch.zeros(4, 6)
     for total in (torch.zeros(4, 5), torch.zeros(4, 6).half(), torch.zeros(6, 4).t(), torch.zeros(6)):

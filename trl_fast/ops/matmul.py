@@ -59,7 +59,7 @@ def add_mm(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None
     elif device_facts(total.device).is_cuda:
         # Inside the product: a sum of its own would be read and written once more.
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    elif left.dtype in SIXTEEN_BITS and total.stride(-1) == 1 and load_extension().ok:
+    elif total.dtype == torch.float32 and left.dtype in SIXTEEN_BITS and total.stride(-1) == 1 and load_extension().ok:
         # PyTorch widens a sum's 16-bit terms into fresh memory first.
         torch.ops.trl_fast.add_widened(torch.mm(left, right), total)
     else:
