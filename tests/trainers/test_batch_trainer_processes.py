@@ -1,4 +1,4 @@
-"""Online DPO and A*-PO on two ranks: what one process computes."""
+"""Online DPO and A*-PO on two ranks, by each engine: what one process computes."""
 
 import os
 import random
@@ -11,7 +11,8 @@ import trl_fast
 from support.ranks import run_on_ranks
 from support.rollouts import color_prompts
 from support.training import NOT_COMPARED, make_trainer
-from trl_fast.rollout import Rollout
+from trl_fast.parallel.gathering import gathered
+from trl_fast.rollout import EngineWrapper, Rollout
 
 pytestmark = pytest.mark.processes
 
@@ -19,8 +20,15 @@ SETTINGS = {"gradient_accumulation_steps": 1, "optim": "sgd", "learning_rate": 0
 CASES = {
     "online dpo": ("OnlineDPO", {"max_new_tokens": 8, "missing_eos_penalty": 1.0, "beta": 0.3}),
     "online dpo, lora": ("OnlineDPO", {"max_new_tokens": 8, "peft": True}),
+    "online dpo, generated": ("OnlineDPO", {"max_new_tokens": 8, "generates": True}),
     "a2po": ("A2PO", {"max_completion_length": 8, "num_value_samples": 4, "beta2": 0.05}),
+    "a2po, lora": ("A2PO", {"max_completion_length": 8, "num_value_samples": 4, "beta2": 0.05, "peft": True}),
+    # All prompts are trained on: a last step of fewer rows would be filled up where there are two ranks.
+    "a2po, generated": ("A2PO", {"max_completion_length": 8, "generates": True, "filter_all_incorrect": False}),
 }
+# Those of the default tests.
+QUICK = {"ddp": ["online dpo"], "fsdp2": ["online dpo", "online dpo, generated", "a2po, generated"]}
+ENGINES = ("ddp", "fsdp2", "fsdp1", "zero2", "zero3")
 
 
 class Scripted:
@@ -39,6 +47,16 @@ class Scripted:
         return ids + [1] * (rng.random() < 0.7)
 
 
+class Shortened(EngineWrapper):
+    """Cuts completions to lengths that depend on their place among the prompt's: greedy ones would be equal."""
+
+    def generate(self, prompt_ids, settings):
+        found = self.engine.generate(prompt_ids, settings)
+        places = [prompt_ids[:index].count(prompt) for index, prompt in enumerate(prompt_ids)]
+        cut = [ids[: 2 + place] for ids, place in zip(found.completion_ids, places, strict=True)]
+        return Rollout(prompt_ids, cut)
+
+
 def remainder(completion_ids, **_):
     return [float(sum(ids) % 7 > 2) for ids in completion_ids]
 
@@ -46,30 +64,29 @@ def remainder(completion_ids, **_):
 def train(case, model_path, folder):
     method, settings = CASES[case]
     settings = {**SETTINGS, **settings}
-    arguments = {
-        "model": model_path,
-        "reward_funcs": remainder,
-        "train_dataset": color_prompts(),
-        "rollout_engine": Scripted(),
-    }
+    arguments = {"model": model_path, "reward_funcs": remainder, "train_dataset": color_prompts()}
     if settings.pop("peft", False):
         arguments["peft_config"] = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    generates = settings.pop("generates", False)
+    if generates:
+        settings["generation_kwargs"] = {"do_sample": False}
+    else:
+        arguments["rollout_engine"] = Scripted()
     settings["per_device_train_batch_size"] = 4 // int(os.environ.get("WORLD_SIZE", "1"))
     trainer = make_trainer(trl_fast, folder, method=method, arguments=arguments, **settings)
+    if generates:
+        trainer.engine = Shortened(trainer.engine)
     trainer.train()
     logs = [
         {name: value for name, value in log.items() if not any(part in name for part in NOT_COMPARED)}
         for log in trainer.state.log_history[:-1]
     ]
-    return {"logs": logs, "weights": torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()])}
+    with gathered(trainer.model if trainer.is_fsdp_enabled else trainer.model_wrapped):
+        weights = torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()])
+    return {"logs": logs, "weights": weights}
 
 
-@pytest.mark.parametrize(
-    "case", ["online dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in [*CASES][1:])]
-)
-def test_two_ranks_compute_what_one_does(case, model_path, tmp_path):
-    alone = train(case, model_path, tmp_path / "alone")
-    ranks = run_on_ranks(lambda: train(case, model_path, tmp_path / "ranks"), engine="ddp")
+def assert_as_alone(ranks, alone):
     assert ranks[0]["logs"] == ranks[1]["logs"]
     for rank in ranks:
         torch.testing.assert_close(rank["weights"], alone["weights"], rtol=0, atol=1e-6)
@@ -77,3 +94,24 @@ def test_two_ranks_compute_what_one_does(case, model_path, tmp_path):
         assert list(ours) == list(theirs)
         for name, value in theirs.items():
             assert ours[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+        for name in ("loss", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=5e-7, abs=1e-7), name
+    assert all(log["grad_norm"] > 1e-3 for log in alone["logs"])
+
+
+@pytest.mark.parametrize(
+    ("engine", "cases"),
+    [
+        *QUICK.items(),
+        *(
+            pytest.param(engine, [case for case in CASES if case not in QUICK.get(engine, ())], marks=pytest.mark.slow)
+            for engine in ENGINES
+        ),
+    ],
+)
+def test_two_ranks_compute_what_one_does(engine, cases, model_path, tmp_path):
+    ranks = run_on_ranks(
+        lambda: {case: train(case, model_path, tmp_path / case) for case in cases}, engine=engine, patience=300
+    )
+    for case in cases:
+        assert_as_alone([rank[case] for rank in ranks], train(case, model_path, tmp_path / "alone" / case))

@@ -1,4 +1,4 @@
-"""GRPO in environments on two ranks: what one process computes, also where an environment of one rank fails."""
+"""GRPO in environments on two ranks, by each engine: what one computes, also where an environment fails."""
 
 import os
 import random
@@ -71,9 +71,13 @@ def train(model_path, folder, factory):
         return logs, torch.cat([weight.detach().flatten() for weight in trainer.model.parameters()])
 
 
-def test_two_ranks_compute_what_one_process_does(tmp_path):
+ENGINES = ("fsdp2", "fsdp1", "zero2", "zero3")
+
+
+@pytest.mark.parametrize("engine", ["ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ENGINES)])
+def test_two_ranks_compute_what_one_process_does(engine, tmp_path):
     model_path = save_tiny_model(tmp_path / "model", tool_tokenizer())
-    (first, weights), (second, _) = run_on_ranks(train, model_path, tmp_path / "ranks", Numbered)
+    (first, weights), (second, _) = run_on_ranks(train, model_path, tmp_path / "ranks", Numbered, engine=engine)
     alone, expected = train(model_path, tmp_path / "alone", Numbered)
     assert first == second
     assert_same_logs(first, alone)

@@ -16,35 +16,30 @@ from transformers import AutoModelForCausalLM, Trainer
 
 import trl_fast
 from support.models import tiny_classifier, tiny_model
+from support.process_cases import CASES
 from support.ranks import RankError, run_on_ranks
-from support.supervised import sft_rows
 from support.tokenizer import build_tokenizer
-from support.training import assert_same_logs, color_labels, color_pairs, make_trainer
+from support.training import assert_same_logs, make_trainer
 from trl_fast.parallel.weights import whole_weights
 
 pytestmark = pytest.mark.processes
 
-ROWS = {
-    "SFT": lambda: sft_rows("prompt and completion", 12),
-    "DPO": lambda: color_pairs(12),
-    "KTO": lambda: color_labels(12),
-    "Reward": lambda: color_pairs(12),
-}
 # Plain steps: Adam makes of a rounding a step where a gradient is nearly nothing.
 SETTINGS = {"gradient_accumulation_steps": 1, "max_steps": 2, "optim": "sgd", "learning_rate": 0.05}
 # KTO pairs completions with others of a device's batch, so that it is held against two processes of DDP.
-OTHER = {"SFT": None, "DPO": None, "KTO": "ddp", "Reward": None}
+AGAINST_DDP = ("KTO",)
 
 
-def make(method, folder, *, batch_size=2, family="llama", lora=False, eval_dataset=None, **settings):
+def make(case, folder, *, batch_size=2, family="llama", lora=False, eval_dataset=None, **settings):
+    method, make_rows, own = CASES[case]
     tokenizer = build_tokenizer()
     model = (tiny_classifier if method == "Reward" else tiny_model)(family, vocab_size=len(tokenizer))
-    arguments = {"model": model, "processing_class": tokenizer, "train_dataset": ROWS[method]()}
+    arguments = {"model": model, "processing_class": tokenizer, "train_dataset": make_rows()}
     arguments["eval_dataset"] = eval_dataset
     if lora:
         task = "SEQ_CLS" if method == "Reward" else "CAUSAL_LM"
         arguments["peft_config"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type=task)
-    settings = {**SETTINGS, "per_device_train_batch_size": batch_size, **settings}
+    settings = {**SETTINGS, **own, "per_device_train_batch_size": batch_size, **settings}
     return make_trainer(trl_fast, folder, method=method, arguments=arguments, **settings)
 
 
@@ -70,24 +65,32 @@ def assert_same(got, expected):
         )
 
 
-def two_and_other(method, folder, engine="fsdp2", **settings):
+def two_and_other(case, folder, engine="fsdp2", **settings):
     """Both processes' numbers under an engine, and the right ones: of one process on the same rows, or of DDP."""
-    work = partial(train, method, **settings)
+    work = partial(train, case, **settings)
     both = run_on_ranks(partial(work, folder / "two"), engine=engine)
-    if OTHER[method] is None:
-        return both, work(folder / "one", batch_size=4)
-    return both, run_on_ranks(partial(work, folder / "ddp"), engine=OTHER[method])[0]
+    if case in AGAINST_DDP:
+        return both, run_on_ranks(partial(work, folder / "ddp"), engine="ddp")[0]
+    return both, work(folder / "one", batch_size=4)
 
 
-QUICK = [("fsdp2", "DPO", False), ("fsdp2", "DPO", True)]
-REST = [case for case in product(("fsdp2", "fsdp1"), ROWS, (False, True)) if case not in QUICK]
+QUICK = [
+    *(("fsdp2", case, False) for case in ("DPO", "BCO", "ORPO", "SimPO", "TPO")),
+    ("fsdp2", "DPO", True),
+    ("ddp", "CPO", False),
+]
+REST = [
+    row
+    for row in product(("ddp", "fsdp2", "fsdp1"), CASES, (False, True))
+    if row not in QUICK and (row[0] != "ddp" or row[1] not in AGAINST_DDP)
+]
 
 
 @pytest.mark.parametrize(
-    ("engine", "method", "lora"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in REST)]
+    ("engine", "case", "lora"), [*QUICK, *(pytest.param(*row, marks=pytest.mark.slow) for row in REST)]
 )
-def test_two_processes_train_as_one(engine, method, lora, tmp_path):
-    (first, second), right = two_and_other(method, tmp_path, engine, lora=lora)
+def test_two_processes_train_as_one(engine, case, lora, tmp_path):
+    (first, second), right = two_and_other(case, tmp_path, engine, lora=lora)
     assert_same(first, right)
     assert first[0] == second[0]
 
@@ -189,7 +192,7 @@ def test_evaluation_and_prediction_are_those_of_ddp(method, tmp_path):
     """Before, during and after training, of five rows, of which the last is alone in its batch."""
 
     def run(engine):
-        rows = ROWS[method]().select(range(5))
+        rows = CASES[method].make_rows().select(range(5))
         settings = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2}
         trainer = make(method, tmp_path / engine, eval_dataset=rows, **settings)
         found = [trainer.evaluate()]
@@ -212,10 +215,10 @@ def test_an_evaluation_before_training_leaves_it_as_it_is(engine, tmp_path):
     """transformers would not wrap the model by DDP any more, and fail under FSDP2."""
 
     def run():
-        trainer = make("SFT", tmp_path / "two", eval_dataset=ROWS["SFT"]().select(range(4)))
+        trainer = make("SFT", tmp_path / "two", eval_dataset=CASES["SFT"].make_rows().select(range(4)))
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
-        return read(trainer), before, trainer.predict(ROWS["SFT"]().select(range(3))).metrics["test_loss"]
+        return read(trainer), before, trainer.predict(CASES["SFT"].make_rows().select(range(3))).metrics["test_loss"]
 
     (found, before, predicted), (steps, *others) = run_on_ranks(run, engine=engine)
     assert_same(found, train("SFT", tmp_path / "one", batch_size=4))

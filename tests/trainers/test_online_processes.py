@@ -1,4 +1,4 @@
-"""GRPO and RLOO on two ranks, by each engine: what one process computes; one failure stops both."""
+"""GRPO, GMPO and RLOO on two ranks, by each engine: what one process computes; one failure stops both."""
 
 import os
 import random
@@ -31,6 +31,8 @@ CASES = {
     "lora": ("GRPO", {"beta": 0.1, "peft": True}),
     "high entropy": ("GRPO", {"top_entropy_quantile": 0.5}),
     "batch scale": ("GRPO", {"scale_rewards": "batch", "mask_truncated_completions": True}),
+    "gmpo": ("GMPO", {"beta": 0.1, "num_iterations": 2}),
+    "gmpo, lora": ("GMPO", {"beta": 0.1, "peft": True}),
     "rloo": ("RLOO", {"beta": 0.1, "normalize_advantages": True}),
     "evaluated": ("GRPO", {"beta": 0.1, "eval_strategy": "steps", "eval_steps": 1}),
     "synced": ("GRPO", {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1}),
@@ -39,7 +41,7 @@ CASES = {
     "by layer": ("GRPO", {"generates": True, "ds3_gather_for_generation": False}),
 }
 # Those of the default tests.
-QUICK = ("grpo", "lora", "rloo", "generated")
+QUICK = ("grpo", "lora", "gmpo", "rloo", "generated")
 ENGINES = ("ddp", "zero2", "zero3", "fsdp1")
 # Means over micro-batches, which hold other completions.
 HIDDEN = {"dapo": ("entropy", "clip_ratio")}

@@ -12,25 +12,18 @@ from safetensors.torch import load_file
 
 import trl_fast
 from support.models import save_tiny_classifier, save_tiny_model
+from support.process_cases import CASES
 from support.ranks import run_on_ranks
-from support.supervised import sft_rows
 from support.tokenizer import build_tokenizer
-from support.training import color_labels, color_pairs, make_trainer
+from support.training import make_trainer
 
 pytestmark = pytest.mark.processes
 
-ROWS = {
-    "SFT": lambda: sft_rows("prompt and completion", 16),
-    "DPO": lambda: color_pairs(16),
-    "KTO": lambda: color_labels(16),
-    "Reward": lambda: color_pairs(16),
-}
 # Plain steps, since Adam makes of a rounding a step where a gradient is nearly nothing; two micro-batches in each.
 # Rows are evaluated one by one: a mean over batches would depend on how many rows are in one.
 SETTINGS = {"max_steps": 2, "optim": "sgd", "learning_rate": 0.05, "per_device_eval_batch_size": 1}
-# KTO's estimate of the KL reads the completions of a device's batch, so that two devices have another one.
 # Reward models take smaller steps: at 0.05 one of them makes of roundings of the first step 8e-7 in the second one.
-METHOD_SETTINGS = {"KTO": {"loss_type": "apo_zero_unpaired"}, "Reward": {"learning_rate": 0.04}}
+CASE_SETTINGS = {"Reward": {"learning_rate": 0.04}}
 
 
 def adapter(method: str) -> LoraConfig:
@@ -39,12 +32,13 @@ def adapter(method: str) -> LoraConfig:
     return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type=task, init_lora_weights=False)
 
 
-def make(method: str, model: str, folder: Path, batch_size: int, *, lora: bool = False, **settings: object):
+def make(case: str, model: str, folder: Path, batch_size: int, *, lora: bool = False, **settings: object):
     """A trainer of a model given by its folder: under ZeRO-3 it is in parts as soon as it is loaded."""
-    rows = ROWS[method]()
+    method, make_rows, own = CASES[case]
+    rows = make_rows()
     arguments = {"model": model, "processing_class": build_tokenizer(), "train_dataset": rows}
     arguments |= {"eval_dataset": rows.select(range(4)), "peft_config": adapter(method) if lora else None}
-    settings = {**SETTINGS, **METHOD_SETTINGS.get(method, {}), **settings}
+    settings = {**SETTINGS, **own, **CASE_SETTINGS.get(case, {}), **settings}
     settings |= {"per_device_train_batch_size": batch_size}
     return make_trainer(trl_fast, folder, method=method, arguments=arguments, **settings)
 
@@ -52,8 +46,8 @@ def make(method: str, model: str, folder: Path, batch_size: int, *, lora: bool =
 def train_each(cases: list[tuple], folder: Path, batch_size: int) -> list[tuple]:
     """Of each case the logged numbers, the loss of evaluation, and what the saved files hold."""
     found = []
-    for number, (method, model, lora) in enumerate(cases):
-        trainer = make(method, model, folder / str(number), batch_size, lora=lora)
+    for number, (case, model, lora) in enumerate(cases):
+        trainer = make(case, model, folder / str(number), batch_size, lora=lora)
         trainer.train()
         steps = [(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log]
         evaluated = trainer.evaluate()["eval_loss"]
@@ -76,11 +70,11 @@ def assert_same(got: tuple, expected: tuple, case: tuple) -> None:
 def cases_of(folder: Path, family: str, chosen: list[tuple[str, bool]]) -> list[tuple]:
     language_model = save_tiny_model(folder / "model", build_tokenizer(), family)
     classifier = save_tiny_classifier(folder / "classifier", build_tokenizer(), family)
-    return [(method, classifier if method == "Reward" else language_model, lora) for method, lora in chosen]
+    return [(case, classifier if case == "Reward" else language_model, lora) for case, lora in chosen]
 
 
-EVERY = [(method, lora) for method in ROWS for lora in (False, True)]
-QUICK = {"zero2": [("DPO", False)], "zero3": [("DPO", False)]}
+EVERY = [(case, lora) for case in CASES if case != "KTO" for lora in (False, True)]
+QUICK = {"zero2": [("DPO", False), ("BCO", False)], "zero3": [("DPO", False), ("ORPO", False)]}
 
 
 @pytest.mark.parametrize(
@@ -95,7 +89,7 @@ QUICK = {"zero2": [("DPO", False)], "zero3": [("DPO", False)]}
     ],
 )
 def test_two_processes_train_as_one(family, engine, chosen, tmp_path):
-    """Methods with (True) and without an adapter; of one family with a head of its own, one with a tied one."""
+    """Cases with (True) and without an adapter; of one family with a head of its own, one with a tied one."""
     cases = cases_of(tmp_path, family, chosen)
     first, second = run_on_ranks(train_each, cases, tmp_path / "two", 2, engine=engine, patience=300)
     one = train_each(cases, tmp_path / "one", 4)
@@ -106,11 +100,11 @@ def test_two_processes_train_as_one(family, engine, chosen, tmp_path):
 
 def go_on(case: tuple, folder: Path) -> tuple[list, list, bool]:
     """The steps of a run and of one that goes on from its middle; if DeepSpeed's tool reads the saved weights."""
-    method, model, lora = case
+    name, model, lora = case
     settings = {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5, "save_steps": 1}
     runs = []
     for resume in (None, str(folder / "checkpoint-1")):
-        trainer = make(method, model, folder, 2, lora=lora, save_strategy="steps", optim="adamw_torch", **settings)
+        trainer = make(name, model, folder, 2, lora=lora, save_strategy="steps", optim="adamw_torch", **settings)
         trainer.train(resume_from_checkpoint=resume)
         runs.append([(log["loss"], log["grad_norm"]) for log in trainer.state.log_history if "grad_norm" in log])
     saved = load_file(folder / "checkpoint-2" / "model.safetensors")
