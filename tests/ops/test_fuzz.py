@@ -9,9 +9,11 @@ from unittest import mock
 import pytest
 import torch
 
+from support.fuzz import product_trials
 from support.fuzz.hold import Held
 from support.fuzz.runner import TRIALS, fuzzing, run_case
 from support.heads import BACKENDS
+from trl_fast.ops import layers
 from trl_fast.ops.divergence.row_kernels import DIVERGENCE_ROW
 from trl_fast.ops.divergence.sweep import StudentGradients
 from trl_fast.ops.head import sweep
@@ -86,6 +88,11 @@ def of_a_term(terms: torch.Tensor) -> None:
         terms[:1].data.mul_(1 + 1e-4)
 
 
+def of_a_result(result: torch.Tensor) -> None:
+    """Puts an error of 1e-4 into the first numbers of a result."""
+    result.data[:1] *= 1 + 1e-4
+
+
 PLANTED = {
     "a row's log-prob": ("linear_logprob", sweep, "finish_scores", of_the_first_row(LOGPROB_ROW)),
     "a row's entropy": ("linear_logprob", sweep, "finish_scores", of_the_first_row(ENTROPY_ROW)),
@@ -96,6 +103,9 @@ PLANTED = {
     "a row's divergence": ("linear_divergence", divergence_module, "sweep_divergence", of_a_divergence),
     "a student's gradient": ("linear_divergence", StudentGradients, "results", of_a_gradient(0)),
     "a given row": ("selective_log_softmax", selective_module, "finish_scores", of_the_first_row(LOGPROB_ROW)),
+    "a product": ("product", product_trials, "mm_into", of_a_result),
+    "a row's norm": ("layer", layers, "rms_norm", of_a_result),
+    "a layer with LoRA": ("layer", layers, "lora_linear", of_a_result),
     "a policy's term": ("policy_loss", policy_module, "clip_terms", of_a_term),
 }
 

@@ -54,6 +54,30 @@ def answer(problem, logprobs, ids, tail, dtype):
     return divergence.detach(), torch.autograd.grad(loss, problem.student.leaves)
 
 
+@pytest.mark.parametrize("kind, beta", KINDS)
+@pytest.mark.parametrize("transforms", [False, True])
+def test_all_tokens_have_no_tail(backend, kind, beta, transforms):
+    """What they leave of 1 is rounding, and so is what a cap leaves of the others: a KL to it would be infinite."""
+    problem = make_divergence(33, 257, kind=kind, beta=beta, transforms=transforms)
+    logprobs, ids = problem.distributions(torch.float64)[1].topk(257)
+    likeliest = make_divergence(33, 257, kind=kind, beta=beta, transforms=transforms, top_k=257)
+    expected = problem.run(backend=backend)
+    for got in (run(problem, logprobs, ids, backend=backend), likeliest.run(backend=backend)):
+        torch.testing.assert_close(got.scores.divergence, expected.scores.divergence, rtol=1e-4, atol=1e-6)
+
+
+def test_all_likeliest_tokens_of_a_capped_head_have_no_tail(backend):
+    """A cap leaves the known tokens, which are ruled out, something that is subtracted."""
+    generator = torch.Generator().manual_seed(0)
+    weight, teacher, teacher_weight = (
+        torch.randn(*shape, generator=generator) for shape in ((257, 8), (9, 1), (257, 1))
+    )
+    given = (torch.zeros(9, 8), weight, teacher, teacher_weight)
+    named = {"beta": 1.0, "softcap": 2.0, "temperature": 0.3, "backend": backend}
+    whole, known = (linear_divergence(*given, **named, **more).loss for more in ({}, {"top_k": 257}))
+    torch.testing.assert_close(known, whole, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("tail", [True, False])
 @pytest.mark.parametrize("kind, beta", KINDS)
 @pytest.mark.parametrize("transforms", [False, True])

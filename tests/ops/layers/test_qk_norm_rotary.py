@@ -101,6 +101,17 @@ def test_strides(family, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 5), (2, 0)])
+def test_nothing_in_memory_of_any_layout(batch, tokens, backend):
+    """An empty tensor counts as contiguous whatever its strides."""
+    given, cos, sin = inputs(batch, tokens, 4, 2, 40, torch.float32, "qwen3")
+    given, (cos, sin) = [t[..., ::2] for t in given], (t[..., ::2] for t in (cos, sin))
+    found = results(ours("qwen3", cos, sin, backend), given)
+    assert [tuple(t.shape) for t in found[2:4]] == [tuple(t.shape) for t in given[:2]]
+    assert all((gradient == 0).all() for gradient in found[4:])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_frozen_weights_get_no_gradient(backend):
     given, cos, sin = inputs(2, 40, 4, 2, 20, torch.float32, "qwen3")
     expected = results(theirs("qwen3", cos, sin), given)[2:]

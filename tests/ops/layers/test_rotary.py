@@ -133,6 +133,16 @@ def test_strides(backend):
             torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("batch", "tokens"), [(0, 5), (2, 0)])
+def test_nothing_in_memory_of_any_layout(batch, tokens, backend):
+    """An empty tensor counts as contiguous whatever its strides."""
+    query, key, cos, sin = (t[..., ::2] for t in inputs(batch, tokens, 4, 2, 40, torch.float32, rows=1))
+    turned = rotary(query, key, cos, sin, backend=backend)
+    grads = torch.autograd.grad(turned, (query, key), [torch.zeros(*t.shape[:3], 40)[..., ::2] for t in turned])
+    assert all(t.numel() == 0 for t in (*turned, *grads))
+
+
 def test_results_are_laid_out_by_tokens():
     query, key, cos, sin = inputs(2, 5, 4, 2, 20, torch.float32)
     for turned in rotary(query, key, cos, sin):

@@ -1,9 +1,9 @@
-"""Tries linear_divergence: two heads of every nature, every kind, rows left out, likeliest tokens, given teachers."""
+"""Tries linear_divergence: two heads of every nature, every kind, rows left out, likeliest tokens, given or not."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -12,12 +12,15 @@ from support.fuzz.draw import Draw
 from support.fuzz.head_cases import HeadCase, draw_backend, draw_head
 from support.fuzz.hold import Held
 from support.heads import HeadProblem
+from trl_fast.ops import DivergenceLoss, linear_divergence_to_given
 from trl_fast.ops.divergence.row_kernels import DIVERGENCE_KERNELS
 from trl_fast.ops.head.row_kernels import ROW_KERNELS
 
 # A KL is infinite where a token is ruled out on one side only.
 SKEWED = (("skewed_forward_kl", 0.1), ("skewed_reverse_kl", 0.1))
-MIXTURES = (("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.9), *SKEWED, ("tvd", 0.0))
+MIXTURES = (("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.9), *SKEWED)
+# Its gradient jumps where both have the same probability.
+DISTANCES = (("tvd", 0.0),)
 KLS = (("jsd", 0.0), ("jsd", 1.0))
 
 
@@ -39,6 +42,19 @@ def _teacher_of(draw: Draw, student: HeadProblem) -> HeadProblem:
     return HeadProblem(hidden, weight, bias, student.targets, **numbers)
 
 
+@dataclass
+class GivenProblem(DivergenceProblem):
+    """Gives the log-probabilities of the teacher's likeliest tokens in the place of its head."""
+
+    def run(self, outputs: tuple[str, ...] = EVERYTHING, **named: object) -> DivergenceLoss:
+        """Runs the op."""
+        logprobs, ids = self.distributions(torch.float64)[1].topk(self.more["top_k"])
+        given = {name: value for name, value in self.arguments.items() if name != "top_k" and "teacher" not in name}
+        return linear_divergence_to_given(
+            self.student.hidden, self.student.weight, logprobs, ids, outputs=outputs, **given, **named
+        )
+
+
 def try_divergence(draw: Draw, held: Held) -> None:
     """Tries it on random heads."""
     case = draw_head(draw, draw_backend(draw))
@@ -47,11 +63,14 @@ def try_divergence(draw: Draw, held: Held) -> None:
     teacher = _teacher_of(draw, student)
     other = HeadCase(teacher, case.backend, case.product)
     ruled_out = not case.logits.isfinite().all()
-    kind, beta = draw.choose("kind", *MIXTURES, *(() if ruled_out else KLS))
+    kinds = *MIXTURES, *(() if "near" in draw.said else DISTANCES), *(() if ruled_out else KLS)
+    kind, beta = draw.choose("kind", *kinds)
     weights = (draw.uniform(n) + 0.1) * (draw.uniform(n) < 0.7) if draw.chance("weights", 0.6) else None
     problem = DivergenceProblem(student, teacher, weights, kind, beta)
-    if draw.chance("top_k", 0.2) and not ruled_out:
-        problem.more["top_k"] = min(v, draw.choose("top_k", 1, 4, 2200))
+    if draw.chance("top_k", 0.3) and not ruled_out:
+        problem.more |= {"top_k": min(v, draw.choose("top_k", 1, 4, 2200)), "tail": draw.choose("tail", True, False)}
+        if draw.chance("given", 0.5):
+            problem = GivenProblem(**vars(problem))
     if draw.chance("small_workspace", 0.5):
         kernels = (DIVERGENCE_KERNELS[case.backend], ROW_KERNELS[case.backend])
         logit = 2 * case.product.itemsize + max(kernel.bytes_per_element for kernel in kernels)

@@ -17,7 +17,6 @@ from support.triton_interpreter import interpreted
 from trl_fast.kernels import loss_kernels
 from trl_fast.ops import pair_loss, policy_loss, selective_log_softmax, selective_log_softmax_and_entropy
 from trl_fast.ops.attention_merge import merge_attention
-from trl_fast.ops.linear import linear
 from trl_fast.ops.pair_formulas import PAIR_FORMULAS
 from trl_fast.ops.policy_loss import LOSS_TYPES
 
@@ -191,29 +190,3 @@ def try_merge(draw: Draw, held: Held) -> None:
     unit = 1 + exact.abs().nan_to_num(0.0)
     held.close("merged", out, exact.to(dtype), exact, unit, 4 * eps + 1e3 * EPS)
     held.close("lse", lse, exact_lse.float(), exact_lse, 1 + exact_lse.abs().nan_to_num(0.0, 0.0, 0.0), 4 * EPS)
-
-
-def try_linear(draw: Draw, held: Held) -> None:
-    """Tries linear and its gradients."""
-    dtype = draw.choose("dtype", torch.bfloat16, torch.float16)
-    shape = draw.choose("shape", (0,), (1,), (5,), (2, 3), ())
-    h, v = draw.choose("h", 0, 1, 7, 40), draw.choose("v", 1, 6, 33)
-    leaves = [
-        draw.laid_out("x", draw.normal(*shape, h).to(dtype)),
-        draw.laid_out("weight", draw.normal(v, h).to(dtype)),
-    ]
-    if draw.chance("bias", 0.5):
-        leaves.append(draw.normal(v).to(dtype))
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-    upstream = draw.normal(*shape, v).to(dtype)
-    got = linear(*leaves, *[None] * (3 - len(leaves)))
-    plain = torch.nn.functional.linear(*leaves)
-    exact = torch.nn.functional.linear(*(leaf.double() for leaf in leaves))
-    sizes = [leaf.detach().double().abs() for leaf in leaves]
-    up = upstream.double().abs()
-    held.close("result", got, plain, exact, torch.nn.functional.linear(*sizes), torch.finfo(dtype).eps)
-    rows = up.reshape(-1, v)
-    units = [up @ sizes[1], rows.t() @ sizes[0].reshape(len(rows), h), rows.sum(0)]
-    found = [torch.autograd.grad(x, leaves, upstream.to(x.dtype)) for x in (got, plain, exact)]
-    for name, a, b, c, unit in zip(("x", "weight", "bias")[: len(leaves)], *found, units[: len(leaves)], strict=True):
-        held.close(f"gradient of {name}", a, b, c, unit, torch.finfo(dtype).eps, torch.finfo(dtype).tiny)

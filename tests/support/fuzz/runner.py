@@ -11,7 +11,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from support.fuzz import attention_trial, cross_entropy_trial, divergence_trial, head_trials, other_trials
+from support.fuzz import (
+    attention_trial,
+    cross_entropy_trial,
+    divergence_trial,
+    head_trials,
+    layer_trials,
+    other_trials,
+    product_trials,
+)
 from support.fuzz.draw import Draw
 from support.fuzz.hold import Held
 from support.triton_interpreter import interpreted_kernels
@@ -28,7 +36,9 @@ TRIALS: dict[str, tuple[int, Callable[[Draw, Held], None]]] = {
     "policy_loss": (3, other_trials.try_policy_loss),
     "merge_attention": (1, other_trials.try_merge),
     "row_attention": (3, attention_trial.try_attention),
-    "linear": (1, other_trials.try_linear),
+    "product": (3, product_trials.try_product),
+    "linear": (2, product_trials.try_linear),
+    "layer": (6, layer_trials.try_layer),
 }
 
 

@@ -113,7 +113,9 @@ class _Tail(NamedTuple):
             # The kernels leave the target out, which is one of them.
             floor = -transform.softcap * transform.inv_temperature - torch.where(top == _MINUS_INF, 0.0, top)
             added = (counts - 1).clamp(min=0) * floor.exp()
-            total, moment = (total - added).clamp(min=0), moment - added * floor
+            # Where there is no other token, the difference is rounding.
+            total = (total - added).clamp(min=0).masked_fill(counts == logits.shape[1], 0)
+            moment = moment - added * floor
         mean = torch.where(total == 0, 0.0, top + moment / total)
         lse = torch.where(total == 0, _MINUS_INF, top + total.log())
         return cls(lse[:, None], mean[:, None], top[:, None])
@@ -140,12 +142,15 @@ def row_divergence_to_known(
         weights, results, gradient: as in row_kernels.py; the gradient has the student's dtype or lies elsewhere.
     """
     padding = known.logprobs == _MINUS_INF
+    counts = (~padding).sum(dim=1)
+    # Where there is no other token, what these leave of 1 is rounding.
+    tail_t = known.tail.masked_fill((counts == student.shape[1])[:, None], _MINUS_INF)
     u, derivative = _logits_at(student, bias, transform, known.ids)
-    others = _Tail.of(kernels, student, bias, transform, known.ids, (~padding).sum(dim=1))
+    others = _Tail.of(kernels, student, bias, transform, known.ids, counts)
     u = torch.cat([u.masked_fill(padding, _MINUS_INF), others.lse], dim=1)
     lse = u.logsumexp(dim=1, keepdim=True)
     p_of_all = (u - lse).exp()
-    logp_s, logp_t = u - lse, torch.cat([known.logprobs, known.tail], dim=1)
+    logp_s, logp_t = u - lse, torch.cat([known.logprobs, tail_t], dim=1)
     if not tail:
         logp_s[:, -1], logp_t[:, -1] = _MINUS_INF, _MINUS_INF
         logp_s, logp_t = (logp - logp.logsumexp(dim=1, keepdim=True) for logp in (logp_s, logp_t))

@@ -58,7 +58,8 @@ def _side_by_side(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     heads, width = x.shape[1], x.shape[3]
     if x.stride(3) == 1 and (len(weight) == width or heads == 1 or x.stride(1) == width):
         return x
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
+    # An empty tensor counts as contiguous whatever its strides.
+    return x.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
 def _has_kernel(backend: str, x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -109,4 +109,5 @@ def room_by_tokens(x: torch.Tensor) -> torch.Tensor:
 
 def with_contiguous_rows(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Returns tensors of any shape whose last dimension lies in one piece: copies where it does not."""
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+    # An empty tensor counts as contiguous whatever its strides.
+    return tuple(t if t.stride(-1) == 1 else t.clone(memory_format=torch.contiguous_format) for t in tensors)
