@@ -69,7 +69,7 @@ def check_product(shape, layouts, dtypes=(torch.float32,) * 3, adds=False):
 
 
 def check_widened_sum(dtype, shape, gap=0):
-    """What is added to float32 has the bits of PyTorch's sum; what is beside it stays."""
+    """Sums in float32 have the bits of PyTorch's; what is beside them stays."""
     part = laid_out("gaps", *shape, 0, dtype)
     room = torch.randn(shape[0], shape[1] + gap, generator=torch.Generator().manual_seed(1))
     total, expected = room[:, : shape[1]], room.clone()

@@ -57,7 +57,7 @@ def answer(problem, logprobs, ids, tail, dtype):
 @pytest.mark.parametrize("kind, beta", KINDS)
 @pytest.mark.parametrize("transforms", [False, True])
 def test_all_tokens_have_no_tail(backend, kind, beta, transforms):
-    """What they leave of 1 is rounding, and so is what a cap leaves of the others: a KL to it would be infinite."""
+    """They leave rounding of 1, and a cap leaves rounding of the others: a KL to that would be infinite."""
     problem = make_divergence(33, 257, kind=kind, beta=beta, transforms=transforms)
     logprobs, ids = problem.distributions(torch.float64)[1].topk(257)
     likeliest = make_divergence(33, 257, kind=kind, beta=beta, transforms=transforms, top_k=257)
