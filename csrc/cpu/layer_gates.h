@@ -8,8 +8,9 @@ namespace {
 using trl_fast::Activation;
 using trl_fast::GateArgs;
 
+template <typename V>
 struct Activated {
-  Vec value, derivative;
+  V value, derivative;
 };
 
 // The nearest number of an interval; NaN stays NaN.
@@ -21,7 +22,7 @@ TRL_FAST_INLINE inline Vec within(float lowest, Vec x, float largest) {
 // about to leave float32, the sigmoid is 0; then x = -inf gives NaN, as in PyTorch. near: x where the sigmoid is not 0
 // or 1.
 template <typename Digits>
-TRL_FAST_INLINE inline Activated times_sigmoid(Vec x, Vec near, Vec z, Vec dz) {
+TRL_FAST_INLINE inline Activated<Vec> times_sigmoid(Vec x, Vec near, Vec z, Vec dz) {
   const Vec e = exp_between(static_cast<const Digits*>(nullptr), -z);
   const Vec inverse = splat(1.0f) / (splat(1.0f) + e);
   const Vec sigmoid = z < splat(-88.0f) ? Vec{} : inverse;
@@ -74,7 +75,7 @@ TRL_FAST_INLINE inline Below standard_normal_below(Vec x) {
 }
 
 template <typename T, Activation kind>
-TRL_FAST_INLINE inline Activated activated(Vec x) {
+TRL_FAST_INLINE inline Activated<Vec> activated(Vec x) {
   using Digits = std::conditional_t<sizeof(T) == 2, uint16_t, float>;
   if constexpr (kind == Activation::kSilu) {
     const Vec near = within(-88.6f, x, 87.3f);
@@ -91,43 +92,67 @@ TRL_FAST_INLINE inline Activated activated(Vec x) {
   return {x * below.share, below.share + x * below.density};
 }
 
-// Calls f(row, column, n) for the parts of rows that elements begin to end are.
-template <typename F>
+// How many 16-bit numbers are activated before the first of them is rounded and multiplied. A CPU has a few numbers'
+// chains of instructions in view; if they are shorter, it finds more that need not wait. float32 numbers wait for
+// memory.
+constexpr int64_t kGateBlock = 512;
+
+// Calls f(row, column, n) for the parts of rows that elements begin to end are; if T has 16 bits, for blocks of them.
+template <typename T, typename F>
 inline void for_parts(int64_t columns, int64_t begin, int64_t end, F f) {
   while (begin < end) {
-    const int64_t column = begin % columns, n = std::min(columns - column, end - begin);
+    const int64_t column = begin % columns, rest = std::min(columns - column, end - begin);
+    const int64_t n = sizeof(T) == 2 ? std::min(rest, kGateBlock) : rest;
     f(begin / columns, column, n);
     begin += n;
   }
 }
 
+// Calls f(activated, i, n) for a part of a row. kDerivatives: else f needs values only.
+template <Activation kind, bool kDerivatives, typename T, typename F>
+TRL_FAST_INLINE inline void for_activated(const T* gates, int64_t count, F f) {
+  const auto activate = [&](int64_t i, auto n) TRL_FAST_INLINE {
+    const Two x = read_two(gates + i, n);
+    const Activated<Vec> a = activated<T, kind>(x.a), b = activated<T, kind>(x.b);
+    return Activated<Two>{{a.value, b.value}, {a.derivative, b.derivative}};
+  };
+  if constexpr (sizeof(T) == 4) {
+    return for_row(count, [&](int64_t i, auto n) TRL_FAST_INLINE { f(activate(i, n), i, n); });
+  }
+  alignas(64) float values[kGateBlock], derivatives[kGateBlock];
+  for_row(count, [&](int64_t i, auto n) TRL_FAST_INLINE {
+    const Activated<Two> at_x = activate(i, n);
+    store_two(values + i, at_x.value);
+    if constexpr (kDerivatives) store_two(derivatives + i, at_x.derivative);
+  });
+  for_row(count, [&](int64_t i, auto n) TRL_FAST_INLINE {
+    f(Activated<Two>{load_two(values + i), kDerivatives ? load_two(derivatives + i) : Two{}}, i, n);
+  });
+}
+
 template <typename T, Activation kind>
 void gate(const GateArgs& args, int64_t begin, int64_t end) {
-  for_parts(args.columns, begin, end, [&](int64_t row, int64_t column, int64_t count) {
+  for_parts<T>(args.columns, begin, end, [&](int64_t row, int64_t column, int64_t count) {
     const int64_t from = row * args.stride + column;
     const T *gates = static_cast<const T*>(args.gate) + from, *ups = static_cast<const T*>(args.up) + from;
     T* out = static_cast<T*>(args.out) + row * args.columns + column;
-    for_row(count, [&](int64_t i, auto n) TRL_FAST_INLINE {
-      const Two x = read_two(gates + i, n);
-      const Two value = {activated<T, kind>(x.a).value, activated<T, kind>(x.b).value};
-      write_two(out + i, rounded<T>(value) * read_two(ups + i, n), n);
+    for_activated<kind, false>(gates, count, [&](Activated<Two> gate, int64_t i, auto n) TRL_FAST_INLINE {
+      write_two(out + i, rounded<T>(gate.value) * read_two(ups + i, n), n);
     });
   });
 }
 
 template <typename T, Activation kind>
 void gate_backward(const GateArgs& args, int64_t begin, int64_t end) {
-  for_parts(args.columns, begin, end, [&](int64_t row, int64_t column, int64_t count) {
+  for_parts<T>(args.columns, begin, end, [&](int64_t row, int64_t column, int64_t count) {
     const int64_t from = row * args.stride + column, to = row * args.grad_stride + column;
     const T *gates = static_cast<const T*>(args.gate) + from, *ups = static_cast<const T*>(args.up) + from;
     const T* grads = static_cast<const T*>(args.grad) + row * args.columns + column;
     T *grad_gate = static_cast<T*>(args.grad_gate) + to, *grad_up = static_cast<T*>(args.grad_up) + to;
-    for_row(count, [&](int64_t i, auto n) TRL_FAST_INLINE {
-      const Two x = read_two(gates + i, n);
-      const Activated a = activated<T, kind>(x.a), b = activated<T, kind>(x.b);
+    for_activated<kind, true>(gates, count, [&](Activated<Two> gate, int64_t i, auto n) TRL_FAST_INLINE {
       const Two grad = read_two(grads + i, n), up = read_two(ups + i, n);
-      write_two(grad_gate + i, rounded<T>(grad * up) * Two{a.derivative, b.derivative}, n);
-      write_two(grad_up + i, grad * rounded<T>(Two{a.value, b.value}), n);
+      write_two(grad_gate + i, rounded<T>(grad * up) * gate.derivative, n);
+      write_two(grad_up + i, grad * rounded<T>(gate.value), n);
     });
   });
 }
