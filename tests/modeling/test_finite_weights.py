@@ -34,6 +34,15 @@ def test_what_has_no_numbers_is_left_out():
     assert not_finite(torch.nn.ParameterList(torch.nn.Parameter(weight, False) for weight in weights)) == []
 
 
+def test_bytes_of_4_bit_weights_are_no_floats():
+    """Also where bnb_4bit_quant_storage says that they are, as FSDP wants."""
+    layer = pytest.importorskip("bitsandbytes").nn.Linear4bit(4, 2)
+    layer.weight.data = torch.full((4, 1), float("nan"))
+    assert not_finite(layer) == []
+    set_weight(layer, "bias", float("nan"))
+    assert not_finite(layer) == ["bias"]
+
+
 def test_a_model_with_its_adapter():
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
     check_weights(model, "model 'tiny'")

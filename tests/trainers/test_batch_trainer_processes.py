@@ -5,7 +5,9 @@ import random
 
 import pytest
 import torch
+from accelerate import PartialState
 from peft import LoraConfig
+from torch.distributed.fsdp import FSDPModule
 
 import trl_fast
 from support.ranks import run_on_ranks
@@ -115,3 +117,44 @@ def test_two_ranks_compute_what_one_does(engine, cases, model_path, tmp_path):
     )
     for case in cases:
         assert_as_alone([rank[case] for rank in ranks], train(case, model_path, tmp_path / "alone" / case))
+
+
+class Watching(Scripted):
+    """Notes of each rollout whether FSDP2 has the policy's weights in parts."""
+
+    def __init__(self):
+        self.in_parts = []
+
+    def sync_weights(self, model, step):
+        super().sync_weights(model, step)
+        self.in_parts.append(any(isinstance(module, FSDPModule) for module in model.modules()))
+
+
+def test_values_are_estimated_by_a_policy_in_parts(model_path, tmp_path):
+    def estimate():
+        arguments = {"model": model_path, "reward_funcs": remainder, "train_dataset": color_prompts()}
+        watching = Watching()
+        arguments["rollout_engine"] = watching
+        trainer = make_trainer(trl_fast, tmp_path, method="A2PO", arguments=arguments, max_completion_length=8)
+        trainer.estimate_values()
+        return watching.in_parts
+
+    assert run_on_ranks(estimate, engine="fsdp2") == [[True, True]] * 2
+
+
+def test_a_failure_while_values_are_estimated_ends_both(model_path, tmp_path, monkeypatch):
+    scores = trl_fast.A2POTrainer._scores
+
+    def fail_in_one(trainer, rewards):
+        if PartialState().process_index == 1:
+            raise LookupError("no scores")
+        return scores(trainer, rewards)
+
+    monkeypatch.setattr(trl_fast.A2POTrainer, "_scores", fail_in_one)
+
+    def failure():
+        with pytest.raises(LookupError) as error:
+            train("a2po", model_path, tmp_path)
+        return str(error.value)
+
+    assert run_on_ranks(failure) == ["process 1 failed: no scores", "no scores"]

@@ -9,6 +9,8 @@ import torch
 from trl_fast.ops.validation import NotFiniteError
 from trl_fast.parallel.weights import local_shard
 
+from .low_bit_layers import holds_packed_numbers
+
 
 def not_finite(model: torch.nn.Module) -> list[str]:
     """Returns the names of the parameters that hold NaN or infinity; of sharded ones, as far as they are here.
@@ -16,9 +18,10 @@ def not_finite(model: torch.nn.Module) -> list[str]:
     Parameters without data (on the meta device, or of other processes) and quantized ones are left out.
     """
     names, ends = defaultdict(list), defaultdict(list)
+    packed = {id(module.weight) for module in model.modules() if holds_packed_numbers(module)}
     for name, parameter in model.named_parameters():
         weight = local_shard(parameter)
-        if not weight.is_floating_point() or not weight.numel() or weight.is_meta:
+        if id(parameter) in packed or not weight.is_floating_point() or not weight.numel() or weight.is_meta:
             continue
         # Least and largest value: NaN is passed on, and there is no second tensor of the weight's size. 8-bit floats
         # lack the operation.

@@ -28,6 +28,14 @@ def bits_of(layer: nn.Module) -> int | None:
     return _KINDS.get(type(getattr(layer, "weight", None)).__name__)
 
 
+def holds_packed_numbers(module: nn.Module) -> bool:
+    """Tells whether the bytes of a module's weight are those of numbers of 4 bits, whatever its dtype says.
+
+    bnb_4bit_quant_storage may be a dtype of floats, and a weight that an engine has sharded is of another class.
+    """
+    return type(module).__module__ == "bitsandbytes.nn.modules" and hasattr(module, "quant_state")
+
+
 def dequantized_weight(layer: Any) -> torch.Tensor:
     """Returns a layer's weight (V, H) as a new tensor; of 4 bits in the dtype that it had before, of 8 in float32."""
     with torch.no_grad():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -20,6 +20,7 @@ from trl_fast.losses.advantages import Advantages, summed_rewards
 from trl_fast.losses.loss_inputs import sums_by_sequence
 from trl_fast.modeling.scoring import evaluating, score
 from trl_fast.ops import HeadOptions
+from trl_fast.parallel.engines import prepared_for_evaluation
 from trl_fast.parallel.failures import failing_together
 from trl_fast.rollout import GivenReward, RolloutEngine
 from trl_fast.rollout.samples import Samples
@@ -190,9 +191,10 @@ class A2POTrainer(BatchTrainer):
     def estimate_values(self) -> None:
         """Estimates the values of the prompts that have none, from completions of the policy as it is now."""
         eval_sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval": self.eval_dataset}
-        for dataset in (self.train_dataset, *eval_sets.values()):
-            if dataset is not None:
-                self._estimate(dataset)
+        with failing_together(), prepared_for_evaluation(cast(Any, self)):
+            for dataset in (self.train_dataset, *eval_sets.values()):
+                if dataset is not None:
+                    self._estimate(dataset)
 
     def get_train_dataloader(self) -> Any:
         """Returns the loader of the prompts that are trained on: with filter_all_incorrect those of some reward.

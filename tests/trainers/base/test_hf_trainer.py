@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from trl_fast.trainers.base.hf_trainer import check_quant_storage, declare_loss_scaling, forbid_data_parallel
+from trl_fast.trainers.base.hf_trainer import check_low_bits, declare_loss_scaling, forbid_data_parallel
 
 
 @pytest.mark.parametrize("scaled", [True, False, None])
@@ -36,7 +36,12 @@ def test_4_bit_weights_of_another_storage_are_refused_under_fsdp():
         quantizer = SimpleNamespace(quantization_config=config)
         return SimpleNamespace(is_loaded_in_4bit=True, hf_quantizer=quantizer, dtype=torch.bfloat16)
 
-    check_quant_storage(quantized(torch.bfloat16))
-    check_quant_storage(torch.nn.Linear(1, 1))
+    check_low_bits(quantized(torch.bfloat16))
+    check_low_bits(torch.nn.Linear(1, 1))
     with pytest.raises(ValueError, match="bnb_4bit_quant_storage=uint8.*set bnb_4bit_quant_storage='bfloat16'"):
-        check_quant_storage(quantized(torch.uint8))
+        check_low_bits(quantized(torch.uint8))
+
+
+def test_8_bit_weights_are_refused_under_fsdp():
+    with pytest.raises(ValueError, match="load_in_8bit=True: FSDP shards no weights of 8 bits; load in 4 bits"):
+        check_low_bits(SimpleNamespace(is_loaded_in_8bit=True))

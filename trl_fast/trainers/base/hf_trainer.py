@@ -32,8 +32,16 @@ def forbid_data_parallel(trainer: Trainer) -> None:
         )
 
 
-def check_quant_storage(model: Any) -> None:
-    """Raises ValueError if a model has 4-bit weights that FSDP cannot shard with the others: of another dtype."""
+def check_low_bits(model: Any) -> None:
+    """Checks that FSDP can shard what a model holds in 4 or 8 bits.
+
+    Raises:
+        ValueError: weights of 8 bits; or those of 4 bits are stored in another dtype than that of the other weights.
+    """
+    if getattr(model, "is_loaded_in_8bit", False):
+        raise ValueError(
+            "load_in_8bit=True: FSDP shards no weights of 8 bits; load in 4 bits, or train by DDP or DeepSpeed"
+        )
     quantizer = getattr(model, "hf_quantizer", None)
     if not getattr(model, "is_loaded_in_4bit", False) or quantizer is None:
         return
@@ -63,12 +71,12 @@ def set_up_trainer(trainer: Trainer) -> None:
     """Sets who scales the loss, and what engines that share a model need, of a trainer that was just made.
 
     Raises:
-        ValueError: tiled_mlp with FSDP1; or as in `forbid_data_parallel` and `check_quant_storage`.
+        ValueError: tiled_mlp with FSDP1; or as in `forbid_data_parallel` and `check_low_bits`.
     """
     forbid_data_parallel(trainer)
     engine, tokens = engine_of(trainer.accelerator), getattr(trainer.args, "tiled_mlp", None)
     if engine.is_fsdp:
-        check_quant_storage(trainer.model)
+        check_low_bits(trainer.model)
     if tokens is not None and engine is Engine.FSDP1:
         raise ValueError(f"tiled_mlp={tokens}: {engine.value} loses gradients of tiles; use FSDP2, or leave it unset")
     keep_float32_outputs(trainer.accelerator)
