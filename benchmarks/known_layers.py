@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +17,16 @@ from typing import NamedTuple
 import transformers
 
 from trl_fast.modeling.fused_layers.code_meaning import meaning_of_source
+from trl_fast.modeling.fused_layers.joint_projections import join_projections
 from trl_fast.modeling.fused_layers.known_code import GATED_MLP, KNOWN_CLASSES, NORM
 from trl_fast.modeling.fused_layers.known_rotaries import KNOWN_ROTARIES
 from trl_fast.modeling.fused_layers.residual_sums import norms_after_sums
 from trl_fast.modeling.fused_layers.turned_norms import norms_before_turn
 
 ROTARY, LAYER, ATTENTION = "rotary function", "decoder layer", "normalising attention"
+# With projections of the hidden states to queries, keys and values.
+JOINT = "projecting attention"
+_PROJECTIONS = re.compile(r"self\.(\w+) = nn\.Linear\(")
 # How the names of what may be known end or, of functions, begin.
 _ENDINGS = {NORM: "RMSNorm", GATED_MLP: "MLP", LAYER: "DecoderLayer", ATTENTION: "Attention"}
 _BEGINNING = "apply_rotary_pos_emb"
@@ -52,9 +57,22 @@ def _places_of(family: str, body: list[ast.stmt]) -> Iterator[Place]:
             methods = {method.name: method for method in node.body if isinstance(method, ast.FunctionDef)}
             kind = next((kind for kind, ending in _ENDINGS.items() if node.name.endswith(ending)), None)
             forward = methods.get("forward")
-            if kind is None or forward is None or not _counts(kind, ast.unparse(forward)):
+            if kind is None or forward is None:
                 continue
-            yield Place(kind, family, node.name, _is_known(kind, methods))
+            if kind == ATTENTION and len(linears := _linears(methods)) > 2:
+                yield Place(JOINT, family, node.name, _joins(forward, linears))
+            if _counts(kind, ast.unparse(forward)):
+                yield Place(kind, family, node.name, _is_known(kind, methods))
+
+
+def _linears(methods: dict[str, ast.FunctionDef]) -> set[str]:
+    """Returns the names of the linear layers that a class makes."""
+    return set(_PROJECTIONS.findall(ast.unparse(methods["__init__"]))) if "__init__" in methods else set()
+
+
+def _joins(forward: ast.FunctionDef, linears: set[str]) -> bool:
+    """Tells whether projections of one input are joint; a forward with a decorator is not rewritten."""
+    return not forward.decorator_list and bool(join_projections(copy.deepcopy(forward), linears))
 
 
 def _counts(kind: str, forward: str) -> bool:
@@ -90,7 +108,7 @@ def table() -> str:
     """Returns how many of each kind there are and are known, as a table in Markdown."""
     found = list(places())
     lines = [f"| of transformers {transformers.__version__} | known | families |", "|---|---|---|"]
-    for kind in (NORM, GATED_MLP, ROTARY, LAYER, ATTENTION):
+    for kind in (NORM, GATED_MLP, ROTARY, LAYER, ATTENTION, JOINT):
         of_kind = [place for place in found if place.kind == kind]
         known = [place for place in of_kind if place.is_known]
         lines.append(f"| {kind}s | {len(known)} of {len(of_kind)} | {len({place.family for place in known})} |")

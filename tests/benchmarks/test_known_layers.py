@@ -43,6 +43,11 @@ class SomeDecoderLayer(nn.Module):
 
 
 class SomeAttention(nn.Module):
+    def __init__(self):
+        self.q_proj = nn.Linear(8, 8)
+        self.k_proj = nn.Linear(8, 8)
+        self.o_proj = nn.Linear(8, 8)
+
     def forward(self, x, cos, sin):
         q = self.q_norm(self.q_proj(x).view(x.shape[:-1], -1, 8)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(x.shape[:-1], -1, 8)).transpose(1, 2)
@@ -57,6 +62,12 @@ class OtherAttention(nn.Module):
 
 
 class PlainAttention(nn.Module):
+    def __init__(self):
+        self.q_proj = nn.Linear(8, 8)
+        self.k_proj = nn.Linear(8, 8)
+        self.o_proj = nn.Linear(8, 8)
+
+    @decorated
     def forward(self, x, cos, sin):
         return apply_rotary_pos_emb(self.q_proj(x), self.k_proj(x), cos, sin)
 
@@ -87,8 +98,10 @@ def test_places_of_a_family(tmp_path, monkeypatch):
         ("norm", "OtherRMSNorm", False),
         ("gated MLP", "GatedMLP", True),
         ("decoder layer", "SomeDecoderLayer", True),
+        ("projecting attention", "SomeAttention", True),
         ("normalising attention", "SomeAttention", True),
         ("normalising attention", "OtherAttention", False),
+        ("projecting attention", "PlainAttention", False),
         ("rotary function", "apply_rotary_pos_emb", True),
         ("rotary function", "apply_rotary_pos_emb_vision", False),
     ]

@@ -8,6 +8,7 @@ from benchmarks.roofline.fake_devices import CUDA
 from benchmarks.roofline.fake_gpu import fake_gpu
 from benchmarks.roofline.operator_counter import Counter
 from benchmarks.roofline.steps import Step, count_library, count_step, quiet
+from benchmarks.step_workloads import SHAPES as STEP_SHAPES
 from benchmarks.step_workloads import Shape
 from trl_fast.modeling.fused_layers.rotary_functions import restore_function
 from trl_fast.ops.backends import load_extension
@@ -79,6 +80,17 @@ def test_fused_layers_are_counted_with_what_they_read_and_write(dpo):
     assert gate.calls == LAYERS and gate.moved == LAYERS * rows * MLP * 2 * 5
     assert dpo.ours.flops == dpo.plain.flops and not any("layer_" in name for name in dpo.plain.by_operator)
     assert dpo.ours.elementwise < dpo.plain.elementwise - LAYERS * rows * MLP * 2 * 5
+
+
+def test_fused_layers_take_a_third_of_the_elementwise_bytes():
+    """Of a step of docs/benchmarks.md, as it stands there."""
+    step = Step("dpo", "qwen2.5-0.5b")
+    with quiet():
+        fused, plain = (
+            count_library("trl_fast", step, STEP_SHAPES["dpo"], model_config(step.model), H100, fused_layers=layers)
+            for layers in ("auto", False)
+        )
+    assert plain.elementwise >= 3.24 * fused.elementwise
 
 
 def test_waits_are_named_by_the_place_in_the_source(dpo):

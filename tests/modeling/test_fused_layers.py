@@ -28,33 +28,33 @@ from trl_fast.ops.device import device_facts, simulated_device
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 340, (2, 13), generator=torch.Generator().manual_seed(0))
-# Norms, gated MLPs, layers that add and normalise at once and attentions that normalise and turn at once, and whether
-# queries and keys are turned in one pass.
+# Norms, gated MLPs, layers that add and normalise at once and attentions, those that normalise and turn at once and
+# those whose projections sum their gradients, and whether queries and keys are turned in one pass.
 FUSED = {
-    "llama": (5, 2, 2, 0, True),
-    "qwen2": (5, 2, 2, 0, True),
+    "llama": (5, 2, 2, 2, True),
+    "qwen2": (5, 2, 2, 2, True),
     "qwen3": (9, 2, 2, 2, True),  # norms of queries and keys
-    "gemma": (5, 2, 2, 0, True),
-    "gemma2": (9, 2, 2, 0, True),
+    "gemma": (5, 2, 2, 2, True),
+    "gemma2": (9, 2, 2, 2, True),
     "gemma3_text": (13, 2, 2, 2, True),
     "qwen3_next": (7, 2, 2, 1, True),  # a gate beside the queries; a part of each head is turned
     "gemma4_text": (30, 4, 4, 0, True),  # some norms have no weight; its function turns one tensor
-    "granite": (5, 2, 2, 0, True),  # what is added is multiplied first
-    "cohere": (3, 2, 0, 0, True),  # by PyTorch's layer_norm
+    "granite": (5, 2, 2, 2, True),  # what is added is multiplied first
+    "cohere": (3, 2, 0, 2, True),  # by PyTorch's layer_norm
     "olmo2": (9, 2, 0, 2, True),
     "phi3": (5, 2, 2, 0, True),  # one layer gives gate and up
-    "glm4": (9, 2, 2, 0, True),  # and a part of each head is turned, by pairs
+    "glm4": (9, 2, 2, 2, True),  # and a part of each head is turned, by pairs
     "gpt_neox": (0, 0, 0, 0, True),
-    "gpt_oss": (5, 0, 2, 0, True),  # half of the angles
+    "gpt_oss": (5, 0, 2, 2, True),  # half of the angles
     "deepseek_v3": (9, 2, 2, 0, True),
-    "ernie4_5": (5, 2, 2, 0, True),
-    "nanochat": (9, 0, 2, 0, False),
-    "starcoder2": (0, 0, 0, 0, True),
+    "ernie4_5": (5, 2, 2, 2, True),
+    "nanochat": (9, 0, 2, 2, False),
+    "starcoder2": (0, 0, 0, 2, True),
 }
 # Their experts' products are not to be had in float64.
 GROUPED = {"gpt_oss", "deepseek_v3", "qwen3_next"}
 OPS = {
-    "fused_classes": ["rms_norm", "residual_rms_norm", "gated_activation"],
+    "fused_classes": ["rms_norm", "norm_and_residual", "residual_rms_norm", "gated_activation"],
     "rotary_functions": ["rotary", "qk_norm_rotary"],
 }
 
@@ -186,6 +186,11 @@ def test_the_ops_run(monkeypatch):
     fuse_layers(model, CPU)
     calls.clear()
     model(input_ids=IDS, use_cache=False)
+    passes = {"norm_and_residual": 2, "residual_rms_norm": 2, "gated_activation": 2, "rotary": 2}
+    assert Counter(calls) == {"rms_norm": 1, **passes}
+    calls.clear()
+    with torch.no_grad():
+        model(input_ids=IDS, use_cache=False)
     assert Counter(calls) == {"rms_norm": 3, "residual_rms_norm": 2, "gated_activation": 2, "rotary": 2}
 
 
@@ -238,7 +243,8 @@ def test_adapters_are_called():
             weight.add_(0.1 if "lora_B" in name else 0.0)
     inner = base_model(model)
     fuse_layers(inner, CPU)
-    assert len(fused_modules(model)) == 9 and all(module.training for module in model.modules())
+    # Keys and values sum their gradients.
+    assert len(fused_modules(model)) == 11 and all(module.training for module in model.modules())
     disable_dropout(model)
     got = run(model)
     changes_of(model).undo(FUSED_LAYERS)
@@ -268,7 +274,7 @@ def test_printed_pickled_and_copied():
     loaded = pickle.loads(pickle.dumps(model))
     assert [type(module) for module in loaded.modules()] == classes
     assert_same(run(loaded), run(model))
-    assert len(fused_modules(copy.deepcopy(model))) == len(fused_modules(model)) == 9
+    assert len(fused_modules(copy.deepcopy(model))) == len(fused_modules(model)) == 11
 
 
 def test_undone_it_is_the_model_of_before(monkeypatch):
@@ -308,8 +314,10 @@ def test_what_is_not_known_stays_as_it_is():
     layers[1].mlp.act_fn = nn.Softplus()
     fuse_layers(model, CPU)
     fused = fused_modules(model)
-    assert fused[0] is layers[0].mlp and layers[0] not in fused
-    assert fused[1:] == [layers[1], layers[1].input_layernorm, layers[1].post_attention_layernorm, model.model.norm]
+    assert fused[:2] == [layers[0].self_attn, layers[0].mlp] and layers[0] not in fused
+    norms = [layers[1].input_layernorm, layers[1].post_attention_layernorm, model.model.norm]
+    # Another activation's MLP still sums its projections' gradients.
+    assert fused[2:] == [layers[1], layers[1].self_attn, layers[1].mlp, *norms]
 
 
 def wrong(x, weight, eps, *, cast):
@@ -330,7 +338,7 @@ def test_a_kernel_that_differs_or_fails_is_not_taken(kernel, reason, monkeypatch
     caplog.set_level("INFO")
     model = tiny_model()
     fuse_layers(model, CPU)
-    assert fused_modules(model) == [layer.mlp for layer in model.model.layers]
+    assert fused_modules(model) == [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]
     assert f"5 modules of LlamaForCausalLM run as before. LlamaRMSNorm: {reason}" in caplog.text
 
 

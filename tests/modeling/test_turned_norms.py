@@ -101,7 +101,7 @@ def test_the_op_runs_in_the_place_of_others(family, monkeypatch):
     model(input_ids=IDS, use_cache=False)
     assert Counter(calls)["qk_norm_rotary"] == 2 and "rotary" not in calls
     norms = sum("Norm" in type(module).__name__ for module in model.modules())
-    assert Counter(calls)["rms_norm"] + Counter(calls)["residual_rms_norm"] == norms - 4
+    assert sum(count for name, count in Counter(calls).items() if name in OPS["fused_classes"][:3]) == norms - 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -175,7 +175,7 @@ def test_an_op_that_differs_is_not_taken(monkeypatch, caplog):
     caplog.set_level("INFO")
     model = family_model("qwen3")
     fuse_layers(model, CPU)
-    assert not any("Attention" in type(module).__name__ for module in fused_modules(model))
+    assert "with norms of queries and keys" not in caplog.text
     reason = "Qwen3Attention: its numbers are others than those of the module's own code"
     assert f"2 modules of Qwen3ForCausalLM run as before. {reason}" in caplog.text
 

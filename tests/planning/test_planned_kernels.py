@@ -95,9 +95,9 @@ def test_a_norms_backward_has_its_workers_sums(rows, width):
         lambda: torch.empty(rows, width, dtype=torch.bfloat16),
     ]
     workers = min(rows, max(256, 2**20 // width))
-    # The result and the gradient by x; a number a row, and zeros that autograd makes for its gradient; the workers'
-    # sums, and what they add up to in float32 and in the weight's dtype.
-    of_rows, of_weight = (2 * rows * width,) * 2 + (4 * rows,) * 2, (4 * workers * width, 4 * width, 2 * width)
+    # The result and the gradient by x; a number a row; the workers' sums, and what they add up to in float32 and in
+    # the weight's dtype.
+    of_rows, of_weight = (2 * rows * width, 2 * rows * width, 4 * rows), (4 * workers * width, 4 * width, 2 * width)
     assert tracked(run, *made)[0] == rounded(*of_rows, *of_weight)
 
 

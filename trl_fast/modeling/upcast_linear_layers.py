@@ -14,7 +14,7 @@ from trl_fast.ops.linear import linear, upcast_is_faster
 from trl_fast.ops.matmul import product_dtype
 from trl_fast.ops.validation import refuse_forward_mode
 
-from .fused_layers.plain_modules import is_linear
+from .fused_layers.bare_modules import is_linear
 from .loading import backbone
 from .model_changes import changes_of, unbound_forward
 

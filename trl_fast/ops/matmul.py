@@ -14,6 +14,7 @@ import torch
 
 from .backends import load_extension
 from .device import device_facts, real_facts, simulated
+from .memory_pool import reused_empty
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 _OWN_DTYPES = (torch.float32, *SIXTEEN_BITS)
@@ -64,3 +65,23 @@ def add_mm(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None
         torch.ops.trl_fast.add_widened(torch.mm(left, right), total)
     else:
         total.add_(torch.mm(left, right))
+
+
+def new_product(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns left @ right + bias, (R, C), in memory of the pool where that is large."""
+    out = reused_empty((left.shape[0], right.shape[1]), left.dtype, left.device)
+    dtype = product_dtype(left.dtype, left.device)
+    if own_product_serves(out, left, right):
+        if bias is None:
+            return mm_into(out, left, right)
+        add_mm(out.copy_(bias), left, right)
+        return out
+    if dtype == left.dtype:
+        return mm_into(out, left, right) if bias is None else torch.addmm(bias, left, right, out=out)
+    upcast = torch.mm(left.to(dtype), right.to(dtype))
+    return out.copy_(upcast if bias is None else upcast.add_(bias))
+
+
+def as_autocast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a tensor of any shape as autocast hands it to a product: numbers of 16 and 32 bits in its dtype."""
+    return tensor.to(dtype) if tensor.dtype in _OWN_DTYPES else tensor

@@ -84,7 +84,7 @@ def test_autocast_leaves_float64_alone():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_cpu_that_multiplies_in_float32_by_the_library(dtype, monkeypatch):
     """Products of 16 bits are then computed in float32 and rounded once."""
-    module = sys.modules["trl_fast.ops.layers.lora_linear"]
+    module = sys.modules["trl_fast.ops.matmul"]
     monkeypatch.setattr(module, "own_product_serves", lambda *_: False)
     monkeypatch.setattr(module, "product_dtype", lambda *_: torch.float32)
     check_errors(ours, peft, peft, inputs(3, 7, 20, 12, 4, dtype))

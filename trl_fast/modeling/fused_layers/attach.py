@@ -20,9 +20,11 @@ from trl_fast.ops.device import device_facts
 from trl_fast.parallel.engines import original_class
 
 from .fused_classes import fused_class_for
+from .joint_projections import joint_class_for, why_not_joint
 from .kernels import kernel_for
 from .known_code import GATED_MLP, NORM, known_class
 from .plain_modules import plain_class_for, plain_kind
+from .projections import why_joint_differs
 from .residual_sums import layer_class_for
 from .rotary_functions import (
     RotaryFunction,
@@ -83,7 +85,9 @@ def fuse_layers(model: PreTrainedModel, device: torch.device, *, required: bool 
     for reason, count in found.reasons.items():
         _say_once(f"fused_layers: {count} modules of {name} run as before. {reason}.")
     change = changes.get_or_add(FUSED_LAYERS, "norms, gated MLPs and rotary embeddings run in one pass each")
-    for module, fused in (*found.modules, *found.layers, *found.attentions, *found.plain):
+    # The class of a module whose projections are joint does what that of its attention does, too.
+    attentions = {**dict(found.attentions), **dict(found.joint)}
+    for module, fused in (*found.modules, *found.layers, *attentions.items(), *found.plain):
         change.set_class(module, fused)
     for function in found.rotaries:
         function.exchange()
@@ -102,6 +106,7 @@ class _Found:
     modules: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
     layers: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
     attentions: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
+    joint: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
     plain: list[tuple[nn.Module, type[nn.Module]]] = field(default_factory=list)
     rotaries: list[RotaryFunction] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
@@ -114,6 +119,7 @@ class _Found:
         parts += [f"{count} {kind}s" for kind, count in plain.items()]
         parts += ["rotary embeddings"] if self.rotaries else []
         parts += [f"with norms of queries and keys in {len(self.attentions)} layers"] if self.attentions else []
+        parts += [f"sums of projections' gradients in {len(self.joint)} modules"] if self.joint else []
         return ", ".join(parts)
 
 
@@ -139,6 +145,7 @@ def _look(model: PreTrainedModel, device: torch.device) -> _Found:
         else:
             found.rotaries.append(function)
     _find_attentions(model, found, device)
+    _find_joint_projections(model, found, device)
     return found
 
 
@@ -172,6 +179,25 @@ def _find_attentions(model: PreTrainedModel, found: _Found, device: torch.device
             found.reasons[reason] += 1
         else:
             found.attentions.append((module, turning.cls))
+
+
+def _find_joint_projections(model: PreTrainedModel, found: _Found, device: torch.device) -> None:
+    """Adds to what was found the modules whose linear layers read one input; fused MLPs see to theirs."""
+    taken, turning = {module for module, _ in (*found.modules, *found.layers)}, dict(found.attentions)
+    for module in whole_backbone(model).modules():
+        if module in taken or "forward" in vars(module):
+            continue
+        joint = joint_class_for(module, turns=module in turning)
+        reason = why_not_joint(module) if joint is None else _why_differs(module, device)
+        if reason:
+            found.reasons[reason] += 1
+        elif joint is not None:
+            found.joint.append((module, joint))
+
+
+def _why_differs(module: nn.Module, device: torch.device) -> str:
+    reason = "" if _is_planned(device) else why_joint_differs(device, _dtype_of(module))
+    return f"{type(module).__name__}: {reason}" if reason else ""
 
 
 def _why_not_at_once(

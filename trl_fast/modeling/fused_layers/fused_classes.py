@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.nn.modules.module import _has_any_global_hook
 
 from trl_fast.ops.layers import (
     ACTIVATIONS,
     chunked_gated_activation,
     gated_activation,
+    norm_and_residual,
     residual_rms_norm,
     rms_norm,
 )
@@ -24,8 +24,7 @@ from trl_fast.ops.layers.norm_casts import NormCast
 
 from .code_meaning import EPS_NAMES
 from .known_code import GATED_MLP, LAYER_NORM, KnownClass, known_class
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from .projections import project
 
 
 class NormSettings(NamedTuple):
@@ -74,12 +73,6 @@ def _given(cls: type) -> type:
     return cls
 
 
-def is_bare(module: nn.Module) -> bool:
-    """Tells whether nothing is put upon a module, so that what it computes may be computed without calling it."""
-    is_called_plainly = type(module).__call__ is nn.Module.__call__ and "forward" not in vars(module)
-    return is_called_plainly and not _has_any_global_hook() and not any(getattr(module, name) for name in _HOOKS)
-
-
 @functools.cache
 def _fused_norm(cls: type[nn.Module], known: KnownClass, eps_name: str) -> type[nn.Module]:
     def weight_of(module: Any) -> torch.Tensor | None:
@@ -99,10 +92,17 @@ def _fused_norm(cls: type[nn.Module], known: KnownClass, eps_name: str) -> type[
             return self.forward(total), total
         return residual_rms_norm(x, residual, weight, getattr(self, eps_name), cast=known.cast)
 
+    def normalize_and_keep(self: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        weight = weight_of(self)
+        if weight is not None and weight.dtype != x.dtype:
+            return self.forward(x), x
+        return norm_and_residual(x, weight, getattr(self, eps_name), cast=known.cast)
+
     def settings(self: Any) -> NormSettings:
         return NormSettings(weight_of(self), getattr(self, eps_name), known.cast)
 
-    made = make_class(cls, forward=forward, add_and_normalize=add_and_normalize, settings=settings)
+    at_once: dict[str, Callable] = {"add_and_normalize": add_and_normalize, "normalize_and_keep": normalize_and_keep}
+    made = make_class(cls, forward=forward, settings=settings, **at_once)
     return made
 
 
@@ -126,7 +126,7 @@ def _fused_mlp(cls: type[nn.Module], known: KnownClass, activation: str) -> type
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         if known.gate_and_up:
             return self.down_proj(chunked_gated_activation(self.gate_up_proj(x), activation))
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = project(x, {"gate_proj": self.gate_proj, "up_proj": self.up_proj}).values()
         if gate.dtype != up.dtype or gate.shape != up.shape:
             return self.down_proj(getattr(self, known.activation)(gate) * up)
         return self.down_proj(gated_activation(gate, up, activation))

@@ -23,7 +23,8 @@ from trl_fast.ops.layers import embedding, lora_linear, tied_embedding
 from trl_fast.ops.linear import MIN_ROWS, linear
 from trl_fast.parallel.partitions import is_partitioned
 
-from .fused_classes import is_bare, make_class
+from .bare_modules import is_bare, is_linear
+from .fused_classes import make_class
 from .kernels import kernel_for
 
 
@@ -36,12 +37,6 @@ def plain_class_for(module: nn.Module, device: torch.device) -> type[nn.Module] 
 def plain_kind(module: nn.Module) -> str:
     """Returns what a module with such a class is called."""
     return _KINDS[type(module)].name
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Tells whether a module is PyTorch's linear layer, no subclass of it but the one that is made here."""
-    cls = type(module)
-    return cls is nn.Linear or (cls.__base__ is nn.Linear and hasattr(cls, "fused_class"))
 
 
 def _find_linear(module: Any, device: torch.device) -> type[nn.Module] | None:

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import nn
 
-from .fused_classes import is_bare
-from .rewritten_code import RewrittenClass, rewritten_class
+from .bare_modules import is_bare
+from .rewritten_code import Rewrite, RewrittenClass, rewritten_class
 from .rotary_functions import drawn_angles
 from .try_outs import Draw, in_class, norm_width, stand_in, why_functions_differ
 
@@ -42,7 +42,7 @@ def turning_attention(attention: nn.Module) -> TurningAttention | None:
     found = None if "forward" in vars(attention) else _attention_class(cast("Any", type(attention)))
     if found is None:
         return None
-    query_norm, key_norm = (getattr(attention, name, None) for name in found.names)
+    query_norm, key_norm = (getattr(attention, name, None) for name in found.names[0])
     if not isinstance(query_norm, nn.Module) or not isinstance(key_norm, nn.Module):
         return None
     return TurningAttention(found.cls, query_norm, key_norm)
@@ -77,7 +77,7 @@ _found: dict[tuple[object, ...], str] = {}
 
 @functools.cache
 def _attention_class(cls: type[nn.Module]) -> RewrittenClass | None:
-    return rewritten_class(cls, norms_before_turn, norm_and_turn)
+    return rewritten_class(cls, NORMS_AND_TURN)
 
 
 def norm_and_turn(
@@ -199,3 +199,6 @@ def _take_out(call: ast.Call, function: ast.FunctionDef) -> None:
             return node.args[0] if node is call else self.generic_visit(node)
 
     TakeOut().visit(function)
+
+
+NORMS_AND_TURN = Rewrite(norms_before_turn, norm_and_turn)

@@ -7,7 +7,9 @@ than inputs that are there anyway. The C++ kernels are csrc/cpu/layer_kernels.cp
 from .chunked_gated_activation import chunked_gated_activation
 from .embedding import embedding
 from .gated_activation import ACTIVATIONS, gated_activation
+from .joint_linear import joint_linear
 from .lora_linear import lora_linear
+from .norm_and_residual import norm_and_residual
 from .norm_casts import NORM_CASTS
 from .qk_norm_rotary import qk_norm_rotary
 from .residual_rms_norm import residual_rms_norm
@@ -23,7 +25,9 @@ __all__ = [
     "chunked_gated_activation",
     "embedding",
     "gated_activation",
+    "joint_linear",
     "lora_linear",
+    "norm_and_residual",
     "qk_norm_rotary",
     "residual_rms_norm",
     "rms_norm",

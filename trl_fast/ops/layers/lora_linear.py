@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 
-from ..matmul import SIXTEEN_BITS, add_mm, mm_into, own_product_serves, product_dtype
+from ..matmul import add_mm, as_autocast, new_product
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext, gradients_of
 
 _NAME = "trl_fast::lora_linear"
-# What autocast casts.
-_CASTABLE = (torch.float32, *SIXTEEN_BITS)
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -33,21 +31,6 @@ def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -
     return total.copy_(upcast)
 
 
-def _product(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns left @ right + bias, (R, C), in memory of the pool where that is large."""
-    out = reused_empty((left.shape[0], right.shape[1]), left.dtype, left.device)
-    dtype = product_dtype(left.dtype, left.device)
-    if own_product_serves(out, left, right):
-        if bias is None:
-            return mm_into(out, left, right)
-        add_mm(out.copy_(bias), left, right)
-        return out
-    if dtype == left.dtype:
-        return mm_into(out, left, right) if bias is None else torch.addmm(bias, left, right, out=out)
-    upcast = torch.mm(left.to(dtype), right.to(dtype))
-    return out.copy_(upcast if bias is None else upcast.add_(bias))
-
-
 @torch.library.custom_op(_NAME, mutates_args=())
 def _lora_linear(
     x: torch.Tensor,
@@ -58,8 +41,8 @@ def _lora_linear(
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     rows = x.reshape(-1, x.shape[-1])
-    y = _product(rows, weight.t(), bias)
-    low = _product(rows.to(lora_a.dtype), lora_a.t()).mul_(scaling)
+    y = new_product(rows, weight.t(), bias)
+    low = new_product(rows.to(lora_a.dtype), lora_a.t()).mul_(scaling)
     # No view for autograd: who gets it may write to it.
     shape = [*x.shape[:-1], weight.shape[0]]
     return torch.ops.aten._unsafe_view(_add_product(y, low, lora_b.t()), shape), low
@@ -87,13 +70,13 @@ def _lora_linear_backward(
     """Returns the gradients that are needed, of x, weight, bias, lora_a and lora_b, one after the other."""
     rows, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
     upcast = grad.to(lora_b.dtype)
-    by_low = _product(upcast, lora_b).mul_(scaling)
+    by_low = new_product(upcast, lora_b).mul_(scaling)
     makes = (
-        lambda: _add_product(_product(grad, weight), by_low, lora_a).view(x.shape),
-        lambda: _product(grad.t(), rows),
+        lambda: _add_product(new_product(grad, weight), by_low, lora_a).view(x.shape),
+        lambda: new_product(grad.t(), rows),
         lambda: grad.sum(0),
-        lambda: _product(by_low.t(), rows.to(lora_a.dtype)),
-        lambda: _product(low.t(), upcast).t().contiguous(),
+        lambda: new_product(by_low.t(), rows.to(lora_a.dtype)),
+        lambda: new_product(low.t(), upcast).t().contiguous(),
     )
     return [make() for make, needed in zip(makes, needs, strict=True) if needed]
 
@@ -123,6 +106,8 @@ _DIFFERENTIABLE = ("x", "weight", "bias", "lora_a", "lora_b")
 def _setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x, weight, _, lora_a, lora_b, ctx.scaling = inputs
     ctx.mark_non_differentiable(output[1])
+    # No zeros are filled for what has no gradient.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, lora_a, lora_b, output[1])
 
 
@@ -135,11 +120,6 @@ def _backward(ctx: _Context, grad: torch.Tensor, _: object) -> tuple[torch.Tenso
 
 
 _lora_linear.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns a tensor of any shape as autocast hands it to a product: numbers of 16 and 32 bits in its dtype."""
-    return tensor.to(dtype) if tensor.dtype in _CASTABLE else tensor
 
 
 def lora_linear(
@@ -166,8 +146,8 @@ def lora_linear(
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, lora_a, lora_b = (_cast(tensor, dtype) for tensor in (x, weight, lora_a, lora_b))
-        bias = None if bias is None else _cast(bias, dtype)
+        x, weight, lora_a, lora_b = (as_autocast(tensor, dtype) for tensor in (x, weight, lora_a, lora_b))
+        bias = None if bias is None else as_autocast(bias, dtype)
         with torch.autocast(x.device.type, enabled=False):
             return lora_linear(x, weight, bias, lora_a, lora_b, scaling)
     if x.dim() < 1 or not x.is_floating_point() or x.shape[-1] < 1:

@@ -98,13 +98,21 @@ def _setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[torch.T
     ctx.choices = (cast, pairs, one_angle_a_pair, upcast, backend)
     rstds = output[2:]
     ctx.mark_non_differentiable(*rstds)
+    # No zeros are filled for what has no gradient.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, *rstds, cos, sin)
 
 
-def _backward(ctx: _Context, grad_query: torch.Tensor, grad_key: torch.Tensor, *_: Any) -> tuple[Any, ...]:
+def _backward(
+    ctx: _Context, grad_query: torch.Tensor | None, grad_key: torch.Tensor | None, *_: Any
+) -> tuple[Any, ...]:
     cast, *way = ctx.choices
     needs = ctx.needs_input_grad[:4]
-    grads = _qk_norm_rotary_backward(grad_query, grad_key, needs[2] or needs[3], *ctx.saved_tensors, cast, *way)
+    saved = ctx.saved_tensors
+    by_query, by_key = (
+        torch.zeros_like(x) if grad is None else grad for x, grad in zip(saved, (grad_query, grad_key), strict=False)
+    )
+    grads = _qk_norm_rotary_backward(by_query, by_key, needs[2] or needs[3], *saved, cast, *way)
     return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *(None,) * 8
 
 

@@ -40,13 +40,14 @@ _FORWARD = {"torch": _norm_in_torch, **by_kernels(_norm_by_kernel)}
 
 
 @torch.library.custom_op("trl_fast::rms_norm", mutates_args=())
-def _rms_norm(
+def rms_norm_and_rstd(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, cast: str, backend: str | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the norm of x (..., H), and for each row what it was multiplied by, float32 (R,)."""
     return _FORWARD[choose_backend("rms_norm", backend, device_facts(x.device), x.dtype)](x, weight, eps, cast)
 
 
-@_rms_norm.register_fake
+@rms_norm_and_rstd.register_fake
 def _(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
 
@@ -135,6 +136,8 @@ def _setup_context(ctx: _Context, inputs: tuple[Any, ...], output: tuple[torch.T
     x, weight, _, *choices = inputs
     ctx.choices = (choices[0], choices[1])
     ctx.mark_non_differentiable(output[1])
+    # No zeros are filled for what has no gradient.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, output[1])
 
 
@@ -146,7 +149,7 @@ def _backward(ctx: _Context, grad: torch.Tensor, _: object) -> tuple[torch.Tenso
     return grads[0] if needs_x else None, grads[1] if needs_weight else None, None, None, None
 
 
-_rms_norm.register_autograd(_backward, setup_context=_setup_context)
+rms_norm_and_rstd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def rms_norm(
@@ -174,4 +177,4 @@ def rms_norm(
         RuntimeError: the forced backend cannot serve; the message says why.
     """
     check_norm(x, weight, cast)
-    return _rms_norm(x, weight, float(eps), cast, backend)[0]
+    return rms_norm_and_rstd(x, weight, float(eps), cast, backend)[0]

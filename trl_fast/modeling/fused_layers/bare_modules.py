@@ -1,0 +1,20 @@
+"""Tells of modules whether what they compute may be computed without calling them."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Tells whether nothing is put upon a module, so that what it computes may be computed without calling it."""
+    is_called_plainly = type(module).__call__ is nn.Module.__call__ and "forward" not in vars(module)
+    return is_called_plainly and not _has_any_global_hook() and not any(getattr(module, name) for name in _HOOKS)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Tells whether a module is PyTorch's linear layer, no subclass of it but the one that is made here."""
+    cls = type(module)
+    return cls is nn.Linear or (cls.__base__ is nn.Linear and hasattr(cls, "fused_class"))
