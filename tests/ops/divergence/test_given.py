@@ -66,6 +66,13 @@ def test_all_tokens_have_no_tail(backend, kind, beta, transforms):
         torch.testing.assert_close(got.scores.divergence, expected.scores.divergence, rtol=1e-4, atol=1e-6)
 
 
+def test_entropy_with_a_large_offset():
+    """A logit of 1e4 has a rounding of 2e-12 in float64, and so have probabilities."""
+    problem = make_divergence(N, V, dtype=torch.float64, bias=True, offset=1e4, weights=False, top_k=4)
+    entropy = problem.run(backend="torch").scores.entropy
+    torch.testing.assert_close(entropy, problem.answer().entropy, rtol=1e-10, atol=0)
+
+
 def test_all_likeliest_tokens_of_a_capped_head_have_no_tail(backend):
     """A cap leaves the known tokens, which are ruled out, something that is subtracted."""
     generator = torch.Generator().manual_seed(0)

@@ -160,9 +160,9 @@ def row_divergence_to_known(
     top = u[:, :-1].gather(1, known.first)
     is_top = top >= torch.maximum(u[:, :-1].amax(dim=1, keepdim=True), others.top)
     results[DIVERGENCE_ROW] = value.sum(dim=1).to(results.dtype)
-    results[ENTROPY_ROW] = (lse.squeeze(1) - torch.where(p_of_all == 0, 0.0, p_of_all * means).sum(dim=1)).to(
-        results.dtype
-    )
+    # Not the log-sum-exp less a sum: with a large common offset, these have lost digits.
+    entropy = torch.where(p_of_all == 0, 0.0, p_of_all * (lse - means)).sum(dim=1)
+    results[ENTROPY_ROW] = entropy.to(results.dtype)
     results[IS_SAME_TOP1_ROW] = is_top.squeeze(1).to(results.dtype)
     if gradient is None:
         return
