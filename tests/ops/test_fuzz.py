@@ -93,6 +93,11 @@ def of_a_result(result: torch.Tensor) -> None:
     result.data[:1] *= 1 + 1e-4
 
 
+def of_the_first_result(results: tuple[torch.Tensor, ...]) -> None:
+    """Puts an error of 1e-4 into the first numbers of the first result."""
+    of_a_result(results[0])
+
+
 PLANTED = {
     "a row's log-prob": ("linear_logprob", sweep, "finish_scores", of_the_first_row(LOGPROB_ROW)),
     "a row's entropy": ("linear_logprob", sweep, "finish_scores", of_the_first_row(ENTROPY_ROW)),
@@ -105,7 +110,9 @@ PLANTED = {
     "a given row": ("selective_log_softmax", selective_module, "finish_scores", of_the_first_row(LOGPROB_ROW)),
     "a product": ("product", product_trials, "mm_into", of_a_result),
     "a row's norm": ("layer", layers, "rms_norm", of_a_result),
+    "a norm beside its residual": ("layer", layers, "norm_and_residual", of_the_first_result),
     "a layer with LoRA": ("layer", layers, "lora_linear", of_a_result),
+    "layers of one input": ("layer", layers, "joint_linear", of_the_first_result),
     "a policy's term": ("policy_loss", policy_module, "clip_terms", of_a_term),
 }
 

@@ -62,14 +62,19 @@ def _norm(draw: Draw, backend: str) -> Trial:
     scale = draw.choose("scale", 1.0, 0.03, 100.0)
     given = [_drawn(draw, "x", *shape, scale=scale), _drawn(draw, "weight", shape[-1])]
     named = {"eps": NORM_EPS, "cast": cast, "backend": backend}
-    if not draw.chance("residual", 0.5):
-        return Trial(partial(layers.rms_norm, **named), PLAIN_NORMS[cast], exact_norm(cast), _norm_size, given)
+    norms = PLAIN_NORMS[cast], exact_norm(cast), _norm_size
+    residual = draw.choose("residual", "none", "added", "added", "kept")
+    if residual == "none":
+        return Trial(partial(layers.rms_norm, **named), *norms, given)
+    if residual == "kept":
+        kept = [lambda x, weight, norm=norm: (norm(x, weight), x.clone()) for norm in norms]
+        return Trial(partial(layers.norm_and_residual, **named), *kept, given)
     given.insert(1, _drawn(draw, "residual", *shape, scale=scale))
 
     def with_sum(norm: Function) -> Function:
         return lambda x, residual, weight: (norm(residual + x, weight), residual + x)
 
-    others = (with_sum(norm) for norm in (PLAIN_NORMS[cast], exact_norm(cast), _norm_size))
+    others = (with_sum(norm) for norm in norms)
     return Trial(partial(layers.residual_rms_norm, **named), *others, given)
 
 
@@ -177,7 +182,35 @@ def _lora(draw: Draw, backend: str) -> Trial:
     return Trial(ours, plain, plain, _of_magnitudes(plain), given)
 
 
-TRIALS = {"norm": _norm, "gate": _gate, "rotation": _rotation, "embedding": _embedding, "lora": _lora}
+def _joint(draw: Draw, backend: str) -> Trial:
+    rows, inputs = _rows(draw), draw.choose("inputs", 1, 20, 96)
+    outputs = draw.choose("outputs", (1, 12), (80, 16, 16))
+    given = [_drawn(draw, "x", *rows, inputs)]
+    given += [_drawn(draw, f"weight {i}", width, inputs, scale=inputs**-0.5) for i, width in enumerate(outputs)]
+    if draw.chance("bias", 0.5):
+        given.append(_drawn(draw, "bias", outputs[0]))
+
+    def split(tensors: tuple[torch.Tensor, ...]) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None]]:
+        bias = tensors[-1] if len(tensors) > len(outputs) else None
+        return tensors[: len(outputs)], [bias, *(None for _ in outputs[1:])]
+
+    def ours(x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return layers.joint_linear(x, *split(tensors))
+
+    def plain(x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(F.linear(x, weight, bias) for weight, bias in zip(*split(tensors), strict=True))
+
+    return Trial(ours, plain, plain, _of_magnitudes(plain), given)
+
+
+TRIALS = {
+    "norm": _norm,
+    "gate": _gate,
+    "rotation": _rotation,
+    "embedding": _embedding,
+    "lora": _lora,
+    "joint": _joint,
+}
 
 
 def _with_gradients(
