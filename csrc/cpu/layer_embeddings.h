@@ -10,7 +10,10 @@ using trl_fast::EmbeddingArgs;
 // Writes zeros to rows. A memset would wait for each line of memory.
 template <typename T>
 inline void clear_rows(T* rows, int64_t count, int64_t columns) {
-  for_row(count * columns, [&](int64_t i, auto n) TRL_FAST_INLINE { write_two(rows + i, Two{}, n); });
+  for_row(count * columns, [&](int64_t i, auto n) TRL_FAST_INLINE {
+    fetch_two(rows + i, kAhead);
+    narrow_two(rows + i, Two{}, n);
+  });
 }
 
 // Sums the rows of a group of places in float32, and what is there already if it is to be added to. Rows lie anywhere:

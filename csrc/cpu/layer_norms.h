@@ -124,7 +124,8 @@ TRL_FAST_INLINE inline void norm_backward_row(const BackwardRow<T>& row, int64_t
       } else {
         g = widen_two(row.grad + i, n) * load_two(row.factors + i), normed = widen_two(row.x + i, n) * row.rstd;
       }
-      write_two(out + i, more((g - normed * mean) * row.rstd, i, n), n);
+      fetch_two(out + i, kAhead);
+      narrow_two(out + i, more((g - normed * mean) * row.rstd, i, n), n);
     });
   };
   if (!grad_sum) return write([](Two by_x, int64_t, auto) TRL_FAST_INLINE { return by_x; });
