@@ -102,7 +102,8 @@ inline Terms terms(Vec logp_s, Vec logp_t, const DivergenceNumbers& numbers) {
   const Vec rise = p_s == Vec{} ? Vec{} : student_part * p_s * ratio_s;
   if constexpr (kKind == Kind::kJensenShannon) return {p_s, value, rise, Vec{}};
   const Vec tilt = splat(numbers.tilt), t = m == Vec{} ? Vec{} : p_t / m;
-  const Vec tilted = m == Vec{} ? Vec{} : rest * tilt * p_s * difference / m;
+  // A product of two probabilities may be below float's range.
+  const Vec tilted = m == Vec{} ? Vec{} : tilt * difference * (rest * p_s / m);
   Vec far = -tilt * t;
   if (numbers.student_part != 0) {
     // log(1 - w t), the rest being (1 - w) s / m

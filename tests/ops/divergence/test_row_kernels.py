@@ -127,6 +127,14 @@ def test_rows_that_have_nothing_in_common_are_finite(kernel, kind, beta):
     assert gradient.isfinite().all() and gradient.abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("kind, beta", KINDS[3:5])
+def test_tokens_whose_probabilities_have_no_product_in_float32(kernel, kind, beta):
+    s, t = torch.tensor([[0.0, -60.0, -1.0]] * R), torch.tensor([[0.0, -62.0, -1.5]] * R)
+    gradient = run(kernel, s, t, kind, beta)[1]
+    exact = by_pytorch(s.double(), t.double(), kind, beta, PLAIN, (None, None))[1]
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-4, atol=0)
+
+
 @pytest.mark.parametrize("dtypes", itertools.permutations((torch.float32, torch.bfloat16), 2))
 def test_both_sides_have_their_own_dtype(kernel, dtypes):
     s, t = (x.to(dtype) for x, dtype in zip(pair(RANDOM, 40), dtypes, strict=True))

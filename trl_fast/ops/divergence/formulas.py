@@ -96,7 +96,8 @@ def divergence_terms(
             value = value + part * _kl_term(p, m, ratio)
     rise = torch.where(p_s == 0, 0.0, formula.student * p_s * ratio_s)
     if formula.tilt:
-        curve = (1 - w) * formula.tilt * p_s * difference / m
+        # A product of two probabilities may be below float32's range.
+        curve = formula.tilt * difference * ((1 - w) * p_s / m)
         rise = rise + torch.where(m == 0, 0.0, curve)
     return value, rise
 
