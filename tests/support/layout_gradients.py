@@ -44,3 +44,14 @@ def assert_same(got: LossAndGradients, expected: LossAndGradients) -> None:
         # Some biases have no gradient in truth: what is there is rounding.
         scale = max(gradient.norm(), 1e-3 * total)
         assert (gradients[name] - gradient).norm() < 2e-5 * scale, name
+
+
+def assert_as_near(got: LossAndGradients, padded: LossAndGradients, exact: LossAndGradients) -> None:
+    """The loss of float64, and each gradient within 2e-5 of it as above, or twice as far as that of padded rows."""
+    (loss, gradients), (_, of_padded), (exact_loss, exact_gradients) = got, padded, exact
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=2e-6, atol=2e-6)
+    assert gradients.keys() == exact_gradients.keys()
+    total = torch.stack([gradient.norm() for gradient in exact_gradients.values()]).norm()
+    for name, gradient in exact_gradients.items():
+        allowed = 2e-5 * max(gradient.norm(), 1e-3 * total)
+        assert (gradients[name] - gradient).norm() < max(allowed, 2 * (of_padded[name] - gradient).norm()), name

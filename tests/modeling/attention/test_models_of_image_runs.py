@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
 
-from support.layout_gradients import assert_same
+from support.layout_gradients import assert_as_near, assert_same
 from support.vision_models import tiny_vision_model
 from support.vision_processors import pictures, tiny_processor
 from trl_fast.data import Tree, packing
@@ -30,10 +32,10 @@ MODELS = {
 
 
 @pytest.fixture(autouse=True)
-def _products_of_aten():
-    """A gradient of Gemma 4's vision tower is mostly rounding; this way both layouts' products round alike."""
+def _own_products():
+    """Products that sum alike on every CPU: a library's may round twice as coarsely in another layout."""
     cpu = torch.device("cpu")
-    with simulated_device(replace(device_facts(cpu), own_products=False)):
+    with simulated_device(replace(device_facts(cpu), own_products=True)):
         yield
 
 
@@ -58,7 +60,7 @@ def trees_of(images, token):
 def loss_and_gradients(model, trees, layout, image_layout):
     batch = packing.pack_trees(trees, layout, 2, image_layout=image_layout)
     scores = score(model, batch, outputs=("logprobs", "entropy")).tokens
-    sums = torch.zeros(len(batch)).index_add(0, batch.branch, scores.logprobs)
+    sums = scores.logprobs.new_zeros(len(batch)).index_add(0, batch.branch, scores.logprobs)
     loss = -torch.nn.functional.logsigmoid(0.1 * (sums[0::2] - sums[1::2])).sum() + 0.1 * scores.entropy.sum()
     model.zero_grad()
     loss.backward()
@@ -75,12 +77,19 @@ def test_loss_and_every_gradient(name, monkeypatch):
     reader = ImageReader(tiny_processor(family))
     trees = trees_of([reader.image_input(picture) for picture in pictures(4)], token)
     layout = image_layout(model)
-    attach_scoring(model)
+    in_float64 = copy.deepcopy(model).double()
+    for scored in (model, in_float64):
+        attach_scoring(scored)
     expected = loss_and_gradients(model, trees, "padded", layout)
+    check = functools.partial(assert_same, expected=expected)
+    if name == "gemma4":
+        # Two gradients of its vision tower are mostly rounding. (Float64 is NaN in PaliGemma 2's own attention.)
+        exact = loss_and_gradients(in_float64, trees, "padded", layout)
+        check = functools.partial(assert_as_near, padded=expected, exact=exact)
     use_segment_attention(model)
     for kind in ("packed", "shared_prefix"):
-        assert_same(loss_and_gradients(model, trees, kind, layout), expected)
+        check(loss_and_gradients(model, trees, kind, layout))
     model.gradient_checkpointing_enable()
     for limit in (0, 1 << 30):
         set_selective_checkpointing(model, limit, attention_always=True)
-        assert_same(loss_and_gradients(model, trees, "shared_prefix", layout), expected)
+        check(loss_and_gradients(model, trees, "shared_prefix", layout))
