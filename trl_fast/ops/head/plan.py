@@ -245,7 +245,8 @@ class TileLimits(NamedTuple):
         rows, columns = even_step(num_rows, policy.tile_rows), self.weight_columns
         step, least = (CHUNK, CHUNK) if policy.whole_rows else (64, _MIN_TILE_COLUMNS)
         columns = max(least, min(columns, budget // max(1, rows * element)) // step * step)
-        if not policy.whole_rows and columns > least and columns * self.product_bytes % _CROWDED_STRIDE == 0:
+        crowded = columns * self.product_bytes % _CROWDED_STRIDE == 0
+        if crowded and least < columns < self.vocab_size and not policy.whole_rows:
             columns -= step
         columns = min(self.vocab_size, columns) if kept_columns is None else kept_columns
         return max(1, min(rows, budget // (columns * element))), columns
