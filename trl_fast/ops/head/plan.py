@@ -125,7 +125,7 @@ class TilePolicy(NamedTuple):
 # weight for every tile of rows: 15% of a product of 328 rows, 5% of one of 1024. A GPU's products are made of 128 or
 # 256 rows.
 CPU_TILES = TilePolicy(8 << 20, 32 << 20, 2048, 1024, 4, 2, weight_tiles=True, whole_rows=False, one_sweep=True)
-GPU_TILES = TilePolicy(*[256 << 20] * 2, 1 << 30, 2048, 256, 4, weight_tiles=False, whole_rows=True, one_sweep=False)
+GPU_TILES = TilePolicy(1 << 28, 1 << 28, 1 << 30, 2048, 256, 4, weight_tiles=False, whole_rows=True, one_sweep=False)
 # Rows whose first numbers are a multiple of so many bytes apart share few places of a CPU's cache: the columns of such
 # a tile are read several times as slowly, and the weight's gradient reads columns.
 _CROWDED_STRIDE = 4096
