@@ -248,7 +248,7 @@ def make_extension(objects: list[str], cuda_home: str | None, cutlass: str | Non
 
     # torch takes the folder of the first nvcc in PATH, which may be a wrapper.
     cpp_extension.CUDA_HOME = cuda_home
-    sources = ["csrc/bindings.cpp", *(f"csrc/cpu/{name}.cpp" for name in CPU_SOURCES)]
+    sources = ["csrc/bindings.cpp", "csrc/layer_autograd.cpp", *(f"csrc/cpu/{name}.cpp" for name in CPU_SOURCES)]
     kind = cpp_extension.CUDAExtension if cuda_home else cpp_extension.CppExtension
     cxx_flags = COMMON_FLAGS + parallel_flags(compiler())
     isas = instruction_sets(platform.machine())

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from support.layer_errors import BACKENDS, DTYPES, check_errors, draw, results
+from support.seen_operators import SeenOperators
 from trl_fast.ops.layers import ACTIVATIONS, chunked_gated_activation
 
 SHAPES = [(3, 7, 40), (1, 18), (0, 32), (1, 2), (2, 2062), (4, 0), (10,)]
@@ -46,15 +47,12 @@ def test_strided_rows_and_gradients(backend):
             torch.testing.assert_close(got, want)
 
 
-def test_halves_are_read_where_they_lie(monkeypatch):
+def test_halves_are_read_where_they_lie():
     both = torch.randn(4, 5, 32)
-    seen = []
-    kernel = torch.ops.trl_fast.layer_gated_activation
-    monkeypatch.setattr(
-        torch.ops.trl_fast, "layer_gated_activation", lambda *args: seen.extend(args[:2]) or kernel(*args)
-    )
-    got = chunked_gated_activation(both, backend="cpp")
-    assert [t.data_ptr() for t in seen] == [t.data_ptr() for t in both.chunk(2, dim=-1)]
+    with SeenOperators() as seen:
+        got = chunked_gated_activation(both, backend="cpp")
+    given = seen.arguments[seen.names.index("trl_fast::layer_gated_activation")]
+    assert [t.data_ptr() for t in given[:2]] == [t.data_ptr() for t in both.chunk(2, dim=-1)]
     torch.testing.assert_close(got, plain("silu")(both))
 
 

@@ -40,7 +40,7 @@ def test_gradients_are_added_in_the_norms_pass():
     made = norm_and_residual(*given, EPS)
     with SeenOperators() as seen:
         torch.autograd.backward(made, [torch.ones_like(out) for out in made])
-    assert "trl_fast::rms_norm_backward" in seen.names and "aten::add.Tensor" not in seen.names
+    assert "trl_fast::layer_rms_norm_backward" in seen.names and "aten::add.Tensor" not in seen.names
 
 
 @pytest.mark.parametrize("frozen", [0, 1])

@@ -12,6 +12,7 @@ from ..device import device_facts
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext
 from .gated_activation import ACTIVATIONS, BACKWARD, FORWARD
+from .kernels import eager_op
 
 
 def _backend(gate_up: torch.Tensor, backend: str | None) -> str:
@@ -83,4 +84,6 @@ def chunked_gated_activation(
         raise ValueError(f"activation: unknown name {activation!r}; expected one of {ACTIVATIONS}")
     if gate_up.dim() < 1 or gate_up.shape[-1] % 2 or not gate_up.is_floating_point():
         raise ValueError(f"gate_up: expected floats of shape (..., 2 I), got {gate_up.dtype} {tuple(gate_up.shape)}")
+    if op := eager_op("gated_activation", gate_up, backend, "chunked_gated_activation"):
+        return op(gate_up, ACTIVATIONS.index(activation))
     return _chunked_gated_activation(gate_up, activation, backend)

@@ -16,7 +16,7 @@ from ..backends import choose_backend
 from ..device import device_facts
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext
-from .kernels import by_kernels, layer_kernel
+from .kernels import by_kernels, eager_op, layer_kernel
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
@@ -160,4 +160,6 @@ def gated_activation(
             f"up: expected the floats of gate, {gate.dtype} of shape {tuple(gate.shape)}, "
             f"got {up.dtype} {tuple(up.shape)}"
         )
+    if op := eager_op("gated_activation", gate, backend):
+        return op(gate, up, ACTIVATIONS.index(activation))
     return _gated_activation(gate, up, activation, backend)

@@ -11,8 +11,12 @@ from typing import Any
 
 import torch
 
+from ..backends import choose_backend
+from ..device import device_facts
+
 # Sums of a weight's gradient on a GPU, in float32: each worker, of which there are enough to fill one, leaves a row.
 _FEWEST_WORKERS, _NUMBERS_OF_WORKERS = 256, 2**20
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def by_kernels(run: Callable) -> dict[str, Callable]:
@@ -27,6 +31,25 @@ def layer_kernel(name: str, backend: str) -> Callable[..., Any]:
     from trl_fast.kernels import layer_kernels, rotary_kernels
 
     return getattr(rotary_kernels if name.endswith(("rotary", "rotary_backward")) else layer_kernels, name)
+
+
+def eager_op(op: str, x: torch.Tensor, backend: str | None, name: str | None = None) -> Callable[..., Any] | None:
+    """Returns the extension's op whose backward pass is in C++, too (csrc/layer_autograd.cpp); None for Python's.
+
+    A call of Python's ops takes some three times the host's time (benchmarks.host_time). They are for what no C++ or
+    CUDA kernel serves, and for who looks at ops as wholes: compilers, simulations, and functional transforms, which
+    they refuse. x: of any shape; backend: that is forced, or None; name: of what is computed with the kernels of `op`,
+    if it is another.
+
+    Raises:
+        RuntimeError: the forced backend cannot serve; the message says why.
+    """
+    if torch.compiler.is_compiling() or type(x) not in _PLAIN or torch._C._are_functorch_transforms_active():
+        return None
+    facts = device_facts(x.device)
+    if facts.serves is not None or choose_backend(op, backend, facts, x.dtype) not in ("cuda", "cpp"):
+        return None
+    return getattr(torch.ops.trl_fast, f"eager_{name or op}").default
 
 
 def new_partials(backend: str, x: torch.Tensor, width: int, rows: int, blocks: int) -> torch.Tensor:

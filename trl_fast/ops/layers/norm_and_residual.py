@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..named_gradients import AutogradContext, first_derivative
-from .norm_casts import NormCast, check_norm
+from .kernels import eager_op
+from .norm_casts import NORM_CASTS, NormCast, check_norm
 from .rms_norm import rms_norm_and_rstd, rms_norm_backward
 
 
@@ -68,5 +69,7 @@ def norm_and_residual(
         RuntimeError: the forced backend cannot serve; the message says why.
     """
     check_norm(x, weight, cast)
+    if op := eager_op("rms_norm", x, backend, "norm_and_residual"):
+        return op(x, weight, eps, NORM_CASTS.index(cast))
     y, residual = _NormAndResidual.apply(x, weight, float(eps), cast, backend)
     return y, residual

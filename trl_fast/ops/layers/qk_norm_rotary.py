@@ -13,8 +13,9 @@ from ..backends import choose_backend
 from ..device import device_facts
 from ..named_gradients import AutogradContext
 from .head_norms import BACKWARD, FORWARD, new_rstd
+from .kernels import eager_op
 from .norm_casts import NORM_CASTS, NormCast
-from .rotations import Pairs, check_angles, check_heads, empty_by_tokens
+from .rotations import PAIRS, Pairs, check_angles, check_heads, empty_by_tokens
 
 
 @torch.library.custom_op("trl_fast::qk_norm_rotary", mutates_args=())
@@ -161,5 +162,8 @@ def qk_norm_rotary(
                 f"{name}: expected {x.dtype} of shape ({lengths[0]},) or ({lengths[1]},), "
                 f"got {weight.dtype} {tuple(weight.shape)}"
             )
+    if op := eager_op("qk_norm_rotary", query, backend):
+        way = (eps, NORM_CASTS.index(cast), PAIRS.index(pairs), one_angle_a_pair, upcast)
+        return op(query, key, query_weight, key_weight, cos, sin, *way)
     way = (float(eps), cast, pairs, one_angle_a_pair, upcast, backend)
     return _qk_norm_rotary(query, key, query_weight, key_weight, cos, sin, *way)[:2]

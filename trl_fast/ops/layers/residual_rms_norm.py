@@ -14,7 +14,7 @@ from ..backends import choose_backend
 from ..device import device_facts
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext
-from .kernels import by_kernels, layer_kernel
+from .kernels import by_kernels, eager_op, layer_kernel
 from .norm_casts import NORM_CASTS, NormCast, check_norm, norm_reference
 from .rms_norm import rms_norm_backward
 
@@ -125,5 +125,7 @@ def residual_rms_norm(
             f"residual: expected {x.dtype} of shape {tuple(x.shape)}, as x has them, "
             f"got {residual.dtype} {tuple(residual.shape)}"
         )
+    if op := eager_op("residual_rms_norm", x, backend):
+        return op(x, residual, weight, eps, NORM_CASTS.index(cast))
     normed, total, _ = _residual_rms_norm(x, residual, weight, float(eps), cast, backend)
     return normed, total

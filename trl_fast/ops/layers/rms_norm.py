@@ -13,7 +13,7 @@ from ..backends import choose_backend
 from ..device import device_facts
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext
-from .kernels import by_kernels, layer_kernel, new_partials
+from .kernels import by_kernels, eager_op, layer_kernel, new_partials
 from .norm_casts import NORM_CASTS, NormCast, check_norm, norm_backward_reference, norm_reference
 
 # Rows whose gradients by the weight the C++ kernel sums into one row (kNormBlock of csrc/cpu/layer_kernels.h).
@@ -177,4 +177,6 @@ def rms_norm(
         RuntimeError: the forced backend cannot serve; the message says why.
     """
     check_norm(x, weight, cast)
+    if op := eager_op("rms_norm", x, backend):
+        return op(x, weight, eps, NORM_CASTS.index(cast))
     return rms_norm_and_rstd(x, weight, float(eps), cast, backend)[0]

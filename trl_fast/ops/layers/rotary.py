@@ -12,7 +12,7 @@ import torch
 from ..backends import choose_backend
 from ..device import device_facts
 from ..named_gradients import AutogradContext
-from .kernels import by_kernels, layer_kernel
+from .kernels import by_kernels, eager_op, layer_kernel
 from .rotations import (
     PAIRS,
     Pairs,
@@ -125,5 +125,7 @@ def rotary(
     """
     check_heads(query, key)
     check_angles(query, cos, sin, pairs, one_angle_a_pair, upcast)
+    if op := eager_op("rotary", query, backend):
+        return op(query, key, cos, sin, PAIRS.index(pairs), one_angle_a_pair, upcast)
     turned = _rotary(query, key, cos, sin, pairs, one_angle_a_pair, upcast, False, backend)
     return turned[0], None if key is None else turned[1]
