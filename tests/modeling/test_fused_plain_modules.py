@@ -23,6 +23,9 @@ from trl_fast.ops.device import DeviceFacts, device_facts, simulated_device
 
 CPU = torch.device("cpu")
 IDS = torch.randint(3, 340, (2, 13), generator=torch.Generator().manual_seed(0))
+# LoRA layers of a Llama of two that read what no other reads, and those of the first whose input has no gradient; the
+# rest is `joint_linear`'s.
+ALONE = 2 * 2 + 3
 
 
 @pytest.fixture(autouse=True)
@@ -110,11 +113,11 @@ def test_lora(calls):
     expected = run(model)
     fuse_layers(base_model(model), CPU)
     assert_same(run(model), expected)
-    assert calls["lora_linear"] == 14 and calls["linear"] == 0
+    assert calls["lora_linear"] == ALONE and calls["linear"] == 0
     model.merge_adapter()
     with torch.no_grad():
         model(input_ids=IDS, use_cache=False)
-    assert calls["lora_linear"] == 14
+    assert calls["lora_linear"] == ALONE
     model.unmerge_adapter()
     assert_same(run(model), expected, rtol=1e-4)
 
@@ -176,13 +179,13 @@ def test_lora_under_autocast_is_ours_on_a_gpu(dtype, calls):
         expected = run(model)
         fuse_layers(base_model(model), CPU)
         got = run(model)
-    assert calls["lora_linear"] == 14
+    assert calls["lora_linear"] == ALONE
     for name, gradient in right[1].items():
         error, allowed = ((found[1][name].float() - gradient).norm() for found in (got, expected))
         assert error <= 2 * allowed, name
     with torch.autocast("cpu", torch.bfloat16):
         run(model)
-    assert calls["lora_linear"] == 14
+    assert calls["lora_linear"] == ALONE
 
 
 def test_single_tokens_are_not_ours(calls):

@@ -15,7 +15,7 @@ from modeling.test_fused_layers import (  # noqa: F401 the fixture puts transfor
     family_model,
     run,
 )
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, get_peft_model
 from torch import nn
 
 from support.models import tiny_model
@@ -122,17 +122,21 @@ def test_what_stays_as_it_is(statements):
     assert names == () and not any("_made" in statement for statement in body)
 
 
-@pytest.fixture
-def calls(monkeypatch):
+def counted_calls(monkeypatch):
     """How many layers each call of the op has."""
     counted, op = [], projections.joint_linear
 
-    def call(x, weights, biases):
+    def call(x, weights, *others):
         counted.append(len(weights))
-        return op(x, weights, biases)
+        return op(x, weights, *others)
 
     monkeypatch.setattr(projections, "joint_linear", call)
     return counted
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    return counted_calls(monkeypatch)
 
 
 def fused(family, calls):
@@ -148,7 +152,7 @@ def test_forward_has_the_same_bits(family, dtype, calls, monkeypatch):
     model = fused(family, calls).to(dtype)
     got = run(model), model(input_ids=IDS, use_cache=False).logits
     assert 3 in calls
-    monkeypatch.setattr(projections, "_are_joint", lambda *_: False)
+    monkeypatch.setattr(projections, "_joint_parts", lambda *_: None)
     expected = run(model), model(input_ids=IDS, use_cache=False).logits
     assert torch.equal(got[1], expected[1])
     assert_same(got[0], expected[0], rtol=1e-5 if dtype == torch.float32 else 3e-2)
@@ -162,7 +166,7 @@ def test_no_sum_of_its_own(calls, monkeypatch):
         with SeenOperators() as seen:
             loss.backward()
         adds.append(sum(name.startswith("aten::add.") for name in seen.names))
-        monkeypatch.setattr(projections, "_are_joint", lambda *_: False)
+        monkeypatch.setattr(projections, "_joint_parts", lambda *_: None)
     assert adds[1] - adds[0] == 3 * 2 and calls == [3, 2, 3, 2]
 
 
@@ -273,16 +277,16 @@ def test_layers_of_another_kind_run_as_before(change, joint, calls):
     assert calls == joint
 
 
-def test_adapters_say_why(caplog, calls):
+def test_adapters_of_other_kinds_say_why(caplog, calls):
     attach._say_once.cache_clear()
     caplog.set_level("INFO")
-    model = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules="all-linear"))
+    model = get_peft_model(tiny_model(), LoHaConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"]))
     fuse_layers(base_model(model), CPU)
     reason = "LlamaAttention: gradients by what its projections read are summed one by one, of peft.Linear"
     assert f"2 modules of LlamaForCausalLM run as before. {reason}" in caplog.text
     calls.clear()
     run(model)
-    assert calls == []
+    assert calls == [2, 2]
 
 
 def test_an_op_that_differs_is_not_taken(monkeypatch, caplog):

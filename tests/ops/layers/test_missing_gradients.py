@@ -6,6 +6,7 @@ import torch
 from support.layer_errors import draw
 from support.seen_operators import SeenOperators
 from trl_fast.ops.layers import (
+    Adapter,
     joint_linear,
     lora_linear,
     norm_and_residual,
@@ -20,12 +21,17 @@ def turned(query, key, weight):
     return qk_norm_rotary(query, key, weight, weight, 1e-6, angles, angles)
 
 
+def with_adapters(x, first, second, a, b):
+    return joint_linear(x, (first, second), (None, None), (Adapter(a, b, 1.5), None))
+
+
 OPS = {
     "rms_norm": (lambda x, w: [rms_norm(x, w, 1e-6)], [(5, 8), (8,)]),
     "norm_and_residual": (lambda x, w: norm_and_residual(x, w, 1e-6), [(5, 8), (8,)]),
     "residual_rms_norm": (lambda x, r, w: residual_rms_norm(x, r, w, 1e-6), [(5, 8), (5, 8), (8,)]),
     "qk_norm_rotary": (turned, [(1, 2, 5, 8), (1, 2, 5, 8), (8,)]),
     "lora_linear": (lambda x, w, a, b: [lora_linear(x, w, None, a, b, 1.0)], [(5, 8), (6, 8), (2, 8), (6, 2)]),
+    "joint_linear with adapters": (with_adapters, [(5, 8), (6, 8), (3, 8), (2, 8), (6, 2)]),
     "joint_linear": (lambda x, v, w: joint_linear(x, (v, w), (None, None)), [(5, 8), (6, 8), (3, 8)]),
 }
 
@@ -40,7 +46,7 @@ def test_no_zeros_are_filled(name):
     assert seen.names and not [each for each in seen.names if "zeros" in each or "fill" in each]
 
 
-@pytest.mark.parametrize("name", ["norm_and_residual", "residual_rms_norm", "qk_norm_rotary", "joint_linear"])
+@pytest.mark.parametrize("name", [name for name in OPS if name not in ("rms_norm", "lora_linear")])
 @pytest.mark.parametrize("left_out", [0, 1])
 def test_a_result_that_nothing_follows(name, left_out):
     """Gradients are those of a result whose gradient is zero."""

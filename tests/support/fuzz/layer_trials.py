@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -187,18 +187,31 @@ def _joint(draw: Draw, backend: str) -> Trial:
     outputs = draw.choose("outputs", (1, 12), (80, 16, 16))
     given = [_drawn(draw, "x", *rows, inputs)]
     given += [_drawn(draw, f"weight {i}", width, inputs, scale=inputs**-0.5) for i, width in enumerate(outputs)]
+    ranks = [draw.choose(f"rank {i}", 0, 0, 1, 4) for i in range(len(outputs))]
+    for i, rank in enumerate(ranks):
+        if rank:
+            given += [
+                _drawn(draw, f"a {i}", rank, inputs, scale=inputs**-0.5),
+                _drawn(draw, f"b {i}", outputs[i], rank),
+            ]
     if draw.chance("bias", 0.5):
         given.append(_drawn(draw, "bias", outputs[0]))
 
-    def split(tensors: tuple[torch.Tensor, ...]) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None]]:
-        bias = tensors[-1] if len(tensors) > len(outputs) else None
-        return tensors[: len(outputs)], [bias, *(None for _ in outputs[1:])]
+    def split(tensors: tuple[torch.Tensor, ...]) -> tuple[Any, Any, Any]:
+        """Returns weights, biases and adapters, each a list with a place for each layer."""
+        rest = iter(tensors[len(outputs) :])
+        adapters = [layers.Adapter(next(rest), next(rest), SCALING) if rank else None for rank in ranks]
+        return tensors[: len(outputs)], [next(rest, None), *(None for _ in outputs[1:])], adapters
 
     def ours(x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         return layers.joint_linear(x, *split(tensors))
 
+    def layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapter: Any) -> torch.Tensor:
+        y = F.linear(x, weight, bias)
+        return y if adapter is None else y + F.linear(F.linear(x, adapter.lora_a), adapter.lora_b) * SCALING
+
     def plain(x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(F.linear(x, weight, bias) for weight, bias in zip(*split(tensors), strict=True))
+        return tuple(layer(x, *parts) for parts in zip(*split(tensors), strict=True))
 
     return Trial(ours, plain, plain, _of_magnitudes(plain), given)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
@@ -16,5 +17,14 @@ def is_bare(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Tells whether a module is PyTorch's linear layer, no subclass of it but the one that is made here."""
+    return _is(nn.Linear, module)
+
+
+def is_lora(module: nn.Module) -> bool:
+    """Tells whether a module is PEFT's LoRA layer, no subclass of it but the one that is made here."""
+    return _is(LoraLinear, module)
+
+
+def _is(wanted: type[nn.Module], module: nn.Module) -> bool:
     cls = type(module)
-    return cls is nn.Linear or (cls.__base__ is nn.Linear and hasattr(cls, "fused_class"))
+    return cls is wanted or (cls.__base__ is wanted and hasattr(cls, "fused_class"))

@@ -1,4 +1,4 @@
-"""Lets linear layers that read one input sum their gradients by it inside their products.
+"""Lets linear layers that read one input, with adapters or not, sum their gradients by it inside their products.
 
 What is looked for in a module's forward are calls of several linear layers with the same variable:
 
@@ -22,8 +22,7 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .bare_modules import is_linear
-from .projections import project
+from .projections import is_joinable, project
 from .rewritten_code import Rewrite, RewrittenClass, rewritten_class
 from .turned_norms import NORMS_AND_TURN
 
@@ -37,7 +36,7 @@ def joint_class_for(module: nn.Module, *, turns: bool) -> type[nn.Module] | None
 
     turns: whether the class also is to normalise queries and keys and turn them at once, as `turned_norms` has it.
     """
-    found = _joint_class(cast("Any", type(module)), _children(module, is_linear), turns)
+    found = _joint_class(cast("Any", type(module)), _children(module, is_joinable), turns)
     return None if found is None else found.cls
 
 
@@ -46,13 +45,13 @@ def why_not_joint(module: nn.Module) -> str:
     found = _joint_class(cast("Any", type(module)), _children(module, _is_some_linear), False)
     if found is None:
         return ""
-    classes = {type(layer) for layer in map(module.get_submodule, found.names[-1]) if not is_linear(layer)}
+    classes = {type(layer) for layer in map(module.get_submodule, found.names[-1]) if not is_joinable(layer)}
     others = ", ".join(sorted(f"{cls.__module__.partition('.')[0]}.{cls.__name__}" for cls in classes))
     return f"{type(module).__name__}: gradients by what its projections read are summed one by one, of {others}"
 
 
 def _is_some_linear(module: nn.Module) -> bool:
-    """Tells whether a module is a linear layer of whatever kind: with an adapter, or of 4 bits."""
+    """Tells whether a module is a linear layer of whatever kind: with adapters of any sort, or of 4 bits."""
     return isinstance(module, (nn.Linear, BaseTunerLayer))
 
 

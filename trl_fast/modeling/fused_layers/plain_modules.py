@@ -17,15 +17,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from trl_fast.modeling.tied_weight import HEAD_WEIGHT
-from trl_fast.ops.backends import KERNEL_DTYPES
 from trl_fast.ops.device import device_facts
 from trl_fast.ops.layers import embedding, lora_linear, tied_embedding
 from trl_fast.ops.linear import MIN_ROWS, linear
 from trl_fast.parallel.partitions import is_partitioned
 
-from .bare_modules import is_bare, is_linear
 from .fused_classes import make_class
 from .kernels import kernel_for
+from .lora_layers import served_adapter
 
 
 def plain_class_for(module: nn.Module, device: torch.device) -> type[nn.Module] | None:
@@ -105,31 +104,9 @@ def _embedding_class() -> type[nn.Module]:
 @functools.cache
 def _lora_class() -> type[nn.Module]:
     def forward(self: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        name = None if args or kwargs else _only_adapter(self)
-        if name is None:
+        adapter = None if args or kwargs else served_adapter(self, x)
+        if adapter is None:
             return LoraLinear.forward(self, x, *args, **kwargs)
-        base, lora_a, lora_b = self.base_layer, self.lora_A[name].weight, self.lora_B[name].weight
-        one_dtype = x.dtype == base.weight.dtype == lora_a.dtype == lora_b.dtype
-        # Elsewhere products of 16-bit numbers have ways of their own.
-        on_gpu, autocasts = device_facts(x.device).is_cuda, torch.is_autocast_enabled(x.device.type)
-        served = on_gpu if autocasts else one_dtype and (on_gpu or x.dtype == torch.float32)
-        if not served or any(part.dtype not in KERNEL_DTYPES for part in (x, base.weight, lora_a, lora_b)):
-            return LoraLinear.forward(self, x)
-        return lora_linear(x, base.weight, base.bias, lora_a, lora_b, self.scaling[name])
+        return lora_linear(x, self.base_layer.weight, self.base_layer.bias, *adapter)
 
     return make_class(LoraLinear, forward=forward)
-
-
-def _only_adapter(layer: Any) -> str | None:
-    """Returns the name of the one adapter that a layer adds to a plain linear layer; None where it does otherwise."""
-    names = [name for name in layer.active_adapters if name in layer.lora_A]
-    if layer.disable_adapters or layer.merged or len(names) != 1 or names[0] in layer.lora_variant:
-        return None
-    (name,) = names
-    parts = layer.base_layer, layer.lora_A[name], layer.lora_B[name]
-    are_plain = all(is_linear(part) and is_bare(part) for part in parts) and all(
-        part.bias is None for part in parts[1:]
-    )
-    dropout = layer.lora_dropout[name]
-    drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
-    return name if are_plain and not drops and isinstance(dropout, (nn.Identity, nn.Dropout)) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,55 +11,97 @@ from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from trl_fast.ops.backends import KERNEL_DTYPES
-from trl_fast.ops.layers import joint_linear
+from trl_fast.ops.layers import Adapter, joint_linear
 from trl_fast.ops.matmul import product_dtype
 from trl_fast.parallel.partitions import is_partitioned
 
-from .bare_modules import is_bare, is_linear
+from .bare_modules import is_bare, is_linear, is_lora
+from .lora_layers import served_adapter
 from .try_outs import Draw, why_functions_differ
+
+
+class _Parts(NamedTuple):
+    """Holds what a layer computes with: weight (V, H), bias (V,) or None, and an adapter or None."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    adapter: Adapter | None
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        found = [self.weight, self.bias, *([] if self.adapter is None else self.adapter[:2])]
+        return [tensor for tensor in found if tensor is not None]
 
 
 def project(x: torch.Tensor, layers: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
     """Returns what each layer makes of x (..., H), by its name.
 
-    Their gradients by x are summed in their products where all are plain linear layers with nothing put upon them, of
-    numbers of one dtype or under autocast. A compiler gets the layers themselves, and sums as it can.
+    Their gradients by x are summed in their products where all are plain linear layers, or LoRA layers with one
+    adapter on such, with nothing put upon them, of numbers of one dtype or under autocast. A compiler gets the layers
+    themselves, and sums as it can.
     """
-    if torch.compiler.is_compiling() or not _are_joint(x, layers.values()):
+    parts = None if torch.compiler.is_compiling() else _joint_parts(x, layers.values())
+    if parts is None:
         return {name: layer(x) for name, layer in layers.items()}
-    plain: list[Any] = [*layers.values()]
-    made = joint_linear(x, [layer.weight for layer in plain], [layer.bias for layer in plain])
-    return dict(zip(layers, made, strict=True))
+    return dict(zip(layers, joint_linear(x, *zip(*parts, strict=True)), strict=True))
+
+
+def is_joinable(module: nn.Module) -> bool:
+    """Tells whether a module is of a class whose gradient by its input may be summed with those of others."""
+    return is_linear(module) or is_lora(module)
 
 
 def why_joint_differs(device: torch.device, dtype: torch.dtype) -> str:
     """Tries the op on a few numbers; returns why it does not serve, empty if all agree."""
     if (device, dtype) not in _found:
         draw = Draw(device, dtype)
-        tensors = draw(5, 16), draw(24, 16), draw(8, 16), draw(24), draw(8)
-        plainly = lambda x, a, b, c, d: [F.linear(x, a, c), F.linear(x, b, d)]  # noqa: E731
-        ours = lambda x, a, b, c, d: joint_linear(x, (a, b), (c, d))  # noqa: E731
-        _found[device, dtype] = why_functions_differ(plainly, ours, tensors)
+        tensors = draw(5, 16), draw(24, 16), draw(8, 16), draw(24), draw(8), draw(2, 16), draw(8, 2)
+        _found[device, dtype] = why_functions_differ(_plainly, _at_once, tensors)
     return _found[device, dtype]
 
 
 _found: dict[tuple[torch.device, torch.dtype], str] = {}
 
 
-def _are_joint(x: torch.Tensor, layers: Collection[Any]) -> bool:
+def _plainly(x: torch.Tensor, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    weight, other, bias, other_bias, a, b = tensors
+    return [F.linear(x, weight, bias), F.linear(x, other, other_bias) + F.linear(F.linear(x, a), b) / 2]
+
+
+def _at_once(x: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    weight, other, bias, other_bias, a, b = tensors
+    return joint_linear(x, (weight, other), (bias, other_bias), (None, Adapter(a, b, 0.5)))
+
+
+def _joint_parts(x: torch.Tensor, layers: Collection[nn.Module]) -> list[_Parts] | None:
+    """Returns the parts of layers that read x (..., H) if they can be called at once, else None."""
     if not (torch.is_grad_enabled() and x.requires_grad and x.is_contiguous()):
-        return False
-    if not all(is_linear(layer) and is_bare(layer) for layer in layers):
-        return False
+        return None
+    found = [_parts_of(layer, x) for layer in layers]
+    parts = [each for each in found if each is not None]
     kind = x.device.type
     autocasts = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocasts else x.dtype
-    tensors = [x, *(tensor for layer in layers for tensor in (layer.weight, layer.bias) if tensor is not None)]
     # Elsewhere products of 16-bit numbers have ways of their own.
-    return product_dtype(dtype, x.device) == dtype and all(
-        tensor.device == x.device
-        and tensor.dtype in (KERNEL_DTYPES if autocasts else (dtype,))
-        and not is_traceable_wrapper_subclass(tensor)
-        and not is_partitioned(tensor)
-        for tensor in tensors
+    serves = (
+        len(parts) == len(found)
+        and product_dtype(dtype, x.device) == dtype
+        and all(
+            tensor.device == x.device
+            and tensor.dtype in (KERNEL_DTYPES if autocasts else (dtype,))
+            and not is_traceable_wrapper_subclass(tensor)
+            and not is_partitioned(tensor)
+            for tensor in [x, *(tensor for each in parts for tensor in each.tensors)]
+        )
     )
+    return parts if serves else None
+
+
+def _parts_of(layer: Any, x: torch.Tensor) -> _Parts | None:
+    """Returns the parts of a layer that has nothing put upon it and reads x; None of one that does something else."""
+    if not is_bare(layer):
+        return None
+    if is_linear(layer):
+        return _Parts(layer.weight, layer.bias, None)
+    adapter = served_adapter(layer, x) if is_lora(layer) else None
+    return None if adapter is None else _Parts(layer.base_layer.weight, layer.base_layer.bias, adapter)

@@ -7,7 +7,7 @@ than inputs that are there anyway. The C++ kernels are csrc/cpu/layer_kernels.cp
 from .chunked_gated_activation import chunked_gated_activation
 from .embedding import embedding
 from .gated_activation import ACTIVATIONS, gated_activation
-from .joint_linear import joint_linear
+from .joint_linear import Adapter, joint_linear
 from .lora_linear import lora_linear
 from .norm_and_residual import norm_and_residual
 from .norm_casts import NORM_CASTS
@@ -22,6 +22,7 @@ __all__ = [
     "ACTIVATIONS",
     "NORM_CASTS",
     "PAIRS",
+    "Adapter",
     "chunked_gated_activation",
     "embedding",
     "gated_activation",
