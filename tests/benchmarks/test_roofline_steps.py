@@ -93,6 +93,19 @@ def test_fused_layers_take_a_third_of_the_elementwise_bytes():
     assert plain.elementwise >= 3.24 * fused.elementwise
 
 
+def test_layers_with_adapters_sum_within_their_products():
+    """A layer has one sum of hidden states left, of the residuals' gradients, where there were four."""
+    step, shape = Step("sft", MODEL, lora_r=4), Shape(batch=2, prompt=0, completion=32)
+    with quiet():
+        fused, plain = (
+            count_library("trl_fast", step, shape, shortened(model_config(MODEL), LAYERS), H100, fused_layers=layers)
+            for layers in ("auto", False)
+        )
+    one_sum = 3 * 2 * shape.batch * (shape.completion + 1) * HIDDEN
+    assert LAYERS * one_sum <= fused.by_operator["aten::add.Tensor"].moved < 1.02 * LAYERS * one_sum
+    assert plain.elementwise >= 8.25 * fused.elementwise
+
+
 def test_waits_are_named_by_the_place_in_the_source(dpo):
     assert any(place.startswith("trl/trainer/dpo_trainer.py:") for place in dpo.trl.waits)
     assert all(not place.startswith(("torch/", "benchmarks/")) for place in (*dpo.trl.waits, *dpo.ours.waits))
