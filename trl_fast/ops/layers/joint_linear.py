@@ -99,7 +99,7 @@ class _JointLinear(torch.autograd.Function):
                 by_a = new_product(by_low.t(), _rows(x)).split([len(lora_as[at]) for at in by_lows])
                 for at, rows in zip(by_lows, by_a, strict=True):
                     # Of its own memory: an engine may take a gradient for all of its storage.
-                    by_as[at] = rows.clone() if needs_as[at] else None
+                    by_as[at] = rows.clone()
         return None if by_x is None else by_x.view(*shape, by_x.shape[-1]), None, *itertools.chain(*by_parts)
 
 
