@@ -228,6 +228,15 @@ def test_autocast_of_a_gpu(dtype, calls):
         assert error <= 2 * allowed, name
 
 
+def test_a_compiler_gets_the_layers_themselves(calls, monkeypatch):
+    model = fused(with_lora(), calls)
+    expected = run(model)
+    assert calls == ALL
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert_same(run(model), expected)
+    assert calls == ALL
+
+
 def test_lines_of_the_log(caplog, calls):
     attach._say_once.cache_clear()
     caplog.set_level("INFO")
