@@ -52,7 +52,7 @@ def fused(model, calls):
 
 
 def both(calls, change=lambda model: None, **options):
-    """What a model gives before layers are fused, and after."""
+    """The results of a model before layers are fused, and after."""
     results = []
     for fuses in (False, True):
         model = with_lora(**options)
