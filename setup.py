@@ -76,6 +76,12 @@ ISA_FLAGS = {
         "-DCPU_CAPABILITY_AVX512",
     ],
 }
+# Kernels of bfloat16 tiles; those with emulated ones, for tests, run anywhere.
+TILE_SOURCES = ("attention_bf16_kernels",)
+TILE_FLAGS = {
+    "EMULATED_AMX": [],
+    "AMX": [*ISA_FLAGS["AVX512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-DCPU_CAPABILITY_AMX"],
+}
 # The GPUs that CUDA sources are compiled for, unless TORCH_CUDA_ARCH_LIST asks for others.
 CUDA_TARGETS = ("80", "90", "100")
 # Sources that serve the instructions of some GPUs only, such as {"name_of_file": ("90a",)}: for these GPUs always.
@@ -100,6 +106,11 @@ def compiler() -> str:
 def instruction_sets(machine: str) -> list[str]:
     """Returns the instruction sets that are built for a machine architecture."""
     return list(ISA_FLAGS) if machine.lower() in ("x86_64", "amd64") else ["DEFAULT"]
+
+
+def tile_sets(machine: str) -> list[str]:
+    """Returns the instruction sets for which kernels of tiles are built for a machine architecture."""
+    return list(TILE_FLAGS) if machine.lower() in ("x86_64", "amd64") else ["EMULATED_AMX"]
 
 
 def toolkit_of_nvcc(nvcc: str) -> str | None:
@@ -251,7 +262,7 @@ def make_extension(objects: list[str], cuda_home: str | None, cutlass: str | Non
     sources = ["csrc/bindings.cpp", "csrc/layer_autograd.cpp", *(f"csrc/cpu/{name}.cpp" for name in CPU_SOURCES)]
     kind = cpp_extension.CUDAExtension if cuda_home else cpp_extension.CppExtension
     cxx_flags = COMMON_FLAGS + parallel_flags(compiler())
-    isas = instruction_sets(platform.machine())
+    isas = instruction_sets(platform.machine()) + tile_sets(platform.machine())
     parts = [*isas, *(["CUDA"] if cuda_home else []), *(["CUTLASS"] if cuda_home and cutlass else [])]
     macros = [(f"TRL_FAST_HAS_{part}", "1") for part in parts]
     return kind(
@@ -276,9 +287,13 @@ def compile_instruction_sets(build_dir: Path) -> list[str]:
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"
     build_dir.mkdir(parents=True, exist_ok=True)
     commands, objects = [], []
-    for name, isa in itertools.product(ISA_SOURCES, instruction_sets(platform.machine())):
+    parts = [
+        *itertools.product(ISA_SOURCES, instruction_sets(platform.machine())),
+        *itertools.product(TILE_SOURCES, tile_sets(platform.machine())),
+    ]
+    for name, isa in parts:
         target = build_dir / f"{name}_{isa}.o"
-        flags = [*COMMON_FLAGS, *ISA_FLAGS[isa], f"-DCPU_CAPABILITY={isa}", abi]
+        flags = [*COMMON_FLAGS, *(ISA_FLAGS | TILE_FLAGS)[isa], f"-DCPU_CAPABILITY={isa}", abi]
         source = str(ROOT / "csrc" / "cpu" / f"{name}.cpp")
         commands.append([compiler(), *flags, f"-I{ROOT / 'csrc'}", *includes, "-c", source, "-o", str(target)])
         objects.append(str(target))

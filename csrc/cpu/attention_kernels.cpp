@@ -5,8 +5,6 @@
 // of a block, and that for queries over the blocks of a span, which is added to the gradient span after span.
 #include "attention_kernels.h"
 
-#include <sched.h>
-
 #include "attention_tiles.h"
 
 namespace {
@@ -376,18 +374,6 @@ void add_to_queries(const Backward& b, const Tile& tile, const KeyBlock& block, 
   }
 }
 
-// Adds a span's share of the gradient of a tile's queries, times the scale, to the sums of all spans.
-void add_span(const AttentionArgs& args, const Backward& b, const Tile& tile) {
-  for (int64_t row = 0; row < tile.rows; ++row) {
-    const float* const share = b.grad_query + row * b.key_columns;
-    float* const sums = b.sums[row];
-    for (int64_t i = 0; i < args.width; i += kWidth) {
-      const Vec sum = widen_first(sums + i, args.width - i) + load(share + i) * splat(args.scale);
-      narrow_part(sum, args.width - i, sums + i);
-    }
-  }
-}
-
 template <typename T>
 void backward(const AttentionArgs& args, int64_t task, float* scratch) {
   const int64_t group = task % args.groups, number = task / args.groups;
@@ -397,8 +383,7 @@ void backward(const AttentionArgs& args, int64_t task, float* scratch) {
   const Backward b = backward_room(args, room);
   for (int64_t n = 0; n < span.num_blocks; ++n) begin_block<T>(args, group, blocks[n], b, b.blocks[n]);
   for (int64_t place = args.plan.span_offsets[number]; place < args.plan.span_offsets[number + 1]; ++place) {
-    const int64_t index = args.plan.span_tiles[place];
-    const Tile tile = tile_of(args, index);
+    const Tile tile = tile_of(args, args.plan.span_tiles[place]);
     load_tile<T>(args, b, tile, group);
     for (int64_t n = 0; n < span.num_blocks; ++n) {
       if (!look(args, tile, blocks[n], b.seen)) continue;
@@ -406,11 +391,7 @@ void backward(const AttentionArgs& args, int64_t task, float* scratch) {
       add_to_keys(b, tile, blocks[n], b.blocks[n]);
       add_to_queries(b, tile, blocks[n], b.blocks[n]);
     }
-    // In the order of the spans, whoever computes them: sums do not depend on the number of threads.
-    int32_t* const turn = args.turns + group * args.num_tiles + index;
-    while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != args.plan.span_turns[place]) sched_yield();
-    add_span(args, b, tile);
-    __atomic_store_n(turn, args.plan.span_turns[place] + 1, __ATOMIC_RELEASE);
+    add_in_turn(args, group, place, tile, b.grad_query, b.key_columns, b.sums);
   }
   for (int64_t n = 0; n < span.num_blocks; ++n) end_block<T>(args, group, blocks[n], b, b.blocks[n]);
 }

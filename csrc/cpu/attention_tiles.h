@@ -2,6 +2,8 @@
 // other, and how they are packed and multiplied. In an unnamed namespace, once per translation unit.
 #pragma once
 
+#include <sched.h>
+
 #include "attention_kernels.h"
 #include "microkernel.h"
 #include "row_chunks.h"
@@ -36,7 +38,7 @@ inline Vec weight_vec(Vec x) {
   return exponent < splat(-126.0f) ? Vec{} : p * power;
 }
 
-int64_t whole_panels(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns * kTileColumns; }
+inline int64_t whole_panels(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns * kTileColumns; }
 
 // Gives pieces of a worker's scratch memory, each from a cache line's begin on; without memory, it counts.
 struct Room {
@@ -109,13 +111,13 @@ struct Tile {
   int64_t first, tokens, rows, whole_rows;
 };
 
-Tile tile_of(const AttentionArgs& args, int64_t index) {
+inline Tile tile_of(const AttentionArgs& args, int64_t index) {
   const trl_fast::QueryTile& tile = args.plan.tiles[index];
   const int64_t rows = tile.tokens * args.group_size;
   return {tile.first, tile.tokens, rows, (rows + kStrip - 1) / kStrip * kStrip};
 }
 
-int64_t most_rows(const AttentionArgs& args) {
+inline int64_t most_rows(const AttentionArgs& args) {
   return (args.tile_tokens * args.group_size + kStrip - 1) / kStrip * kStrip;
 }
 
@@ -131,7 +133,7 @@ struct Seen {
 };
 
 // Writes what each strip of a tile sees of a block; returns whether that is anything.
-bool look(const AttentionArgs& args, const Tile& tile, const KeyBlock& block, Seen* seen) {
+inline bool look(const AttentionArgs& args, const Tile& tile, const KeyBlock& block, Seen* seen) {
   int64_t row = 0;
   uint64_t any = 0;
   for (int64_t t = 0; t < tile.tokens; ++t) {
@@ -202,6 +204,25 @@ void pack_block(const AttentionHeads& heads, int64_t group, const KeyBlock& bloc
   } else {
     pack_right(Factor<T>{data, 1, heads.token_stride, width, block.tokens}, to);
   }
+}
+
+// ---- gradients of queries
+
+// Adds a span's share of the gradient of a tile's queries, `share` (rows, stride) times the scale, to the sums of all
+// spans. place: where the plan lists the tile among the span's. In the order of the spans, whoever computes them: sums
+// do not depend on the number of threads.
+inline void add_in_turn(const AttentionArgs& args, int64_t group, int64_t place, const Tile& tile, const float* share,
+                        int64_t stride, float* const* sums) {
+  int32_t* const turn = args.turns + group * args.num_tiles + args.plan.span_tiles[place];
+  while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != args.plan.span_turns[place]) sched_yield();
+  for (int64_t row = 0; row < tile.rows; ++row, share += stride) {
+    for (int64_t i = 0; i < args.width; i += kWidth) {
+      float* const to = sums[row] + i;
+      const Vec sum = widen_first(to, args.width - i) + load(share + i) * splat(args.scale);
+      narrow_part(sum, args.width - i, to);
+    }
+  }
+  __atomic_store_n(turn, args.plan.span_turns[place] + 1, __ATOMIC_RELEASE);
 }
 
 }  // namespace

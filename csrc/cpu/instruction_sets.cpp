@@ -1,4 +1,9 @@
 // Chooses the instruction set at run time.
+#if defined(TRL_FAST_HAS_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -36,6 +41,12 @@ extern const LayerKernels kLayerKernelsAVX512;
 extern const ProductKernels kProductKernelsAVX512;
 extern const AttentionKernels kAttentionKernelsAVX512;
 #endif
+#ifdef TRL_FAST_HAS_AMX
+extern const AttentionKernels kAttentionKernelsAMX;
+#endif
+#ifdef TRL_FAST_HAS_EMULATED_AMX
+extern const AttentionKernels kAttentionKernelsEMULATED_AMX;
+#endif
 
 namespace {
 
@@ -47,26 +58,57 @@ struct Candidate {
   const LayerKernels* layers;
   const ProductKernels* products;
   const AttentionKernels* attention;
-  bool runs;  // on this CPU
+  bool (*runs)();  // on this CPU
 };
 
-// Best first.
+bool anywhere() { return true; }
+
+#ifdef TRL_FAST_HAS_AVX2
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+#endif
+
+#ifdef TRL_FAST_HAS_AVX512
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+}
+#endif
+
+#ifdef TRL_FAST_HAS_AMX
+// Linux saves tiles for processes only that have asked for it.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
+         __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+// Best first; those behind "default", which runs anywhere, are there for tests.
 const Candidate kCandidates[] = {
+#ifdef TRL_FAST_HAS_AMX
+    {"amx", &kRowKernelsAVX512, &kSparseKernelsAVX512, &kDivergenceKernelsAVX512, &kLayerKernelsAVX512,
+     &kProductKernelsAVX512, &kAttentionKernelsAMX, has_amx},
+#endif
 #ifdef TRL_FAST_HAS_AVX512
     {"avx512", &kRowKernelsAVX512, &kSparseKernelsAVX512, &kDivergenceKernelsAVX512, &kLayerKernelsAVX512,
-     &kProductKernelsAVX512, &kAttentionKernelsAVX512,
-     static_cast<bool>(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                       __builtin_cpu_supports("fma"))},
+     &kProductKernelsAVX512, &kAttentionKernelsAVX512, has_avx512},
 #endif
 #ifdef TRL_FAST_HAS_AVX2
     {"avx2", &kRowKernelsAVX2, &kSparseKernelsAVX2, &kDivergenceKernelsAVX2, &kLayerKernelsAVX2, &kProductKernelsAVX2,
-     &kAttentionKernelsAVX2,
-     static_cast<bool>(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                       __builtin_cpu_supports("f16c"))},
+     &kAttentionKernelsAVX2, has_avx2},
 #endif
     {"default", &kRowKernelsDEFAULT, &kSparseKernelsDEFAULT, &kDivergenceKernelsDEFAULT, &kLayerKernelsDEFAULT,
-     &kProductKernelsDEFAULT, &kAttentionKernelsDEFAULT, true},
+     &kProductKernelsDEFAULT, &kAttentionKernelsDEFAULT, anywhere},
+#ifdef TRL_FAST_HAS_EMULATED_AMX
+    {"emulated_amx", &kRowKernelsDEFAULT, &kSparseKernelsDEFAULT, &kDivergenceKernelsDEFAULT, &kLayerKernelsDEFAULT,
+     &kProductKernelsDEFAULT, &kAttentionKernelsEMULATED_AMX, anywhere},
+#endif
 };
 
 const Candidate& choose() {
@@ -74,10 +116,11 @@ const Candidate& choose() {
   for (const Candidate& candidate : kCandidates) {
     if (forced && *forced) {
       if (std::string(forced) != candidate.name) continue;
-      if (!candidate.runs) throw std::runtime_error(std::string("TRL_FAST_CPU_ISA=") + forced + ": this CPU lacks it");
+      if (!candidate.runs())
+        throw std::runtime_error(std::string("TRL_FAST_CPU_ISA=") + forced + ": this CPU lacks it");
       return candidate;
     }
-    if (candidate.runs) return candidate;
+    if (candidate.runs()) return candidate;
   }
   throw std::runtime_error(std::string("TRL_FAST_CPU_ISA=") + forced + ": unknown or not compiled; compiled are " +
                            compiled_isas());

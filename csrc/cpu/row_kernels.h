@@ -20,7 +20,7 @@ struct RowKernels {
 };
 
 // The kernels for this machine: the best compiled instruction set that its CPU has, or the one that the environment
-// variable TRL_FAST_CPU_ISA (default, avx2, avx512) names. Throws std::runtime_error if that one cannot run.
+// variable TRL_FAST_CPU_ISA (default, avx2, avx512, amx) names. Throws std::runtime_error if that one cannot run.
 const RowKernels& row_kernels();
 
 // The name of the instruction set of row_kernels().

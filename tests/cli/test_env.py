@@ -19,6 +19,7 @@ NO_TOOLKIT = "no CUDA toolkit was found"
 TABLE = [
     (LAPTOP, {}, "CPU kernels (AVX2), no GPU: the fastest there is here."),
     (LAPTOP, {"isa": "avx512"}, "CPU kernels (AVX-512), no GPU: the fastest there is here."),
+    (LAPTOP, {"isa": "amx"}, "CPU kernels (AVX-512 and AMX), no GPU: the fastest there is here."),
     (LAPTOP, {"isa": "default"}, "CPU kernels (baseline instructions), no GPU: the fastest there is here."),
     (
         LAPTOP,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from support.attention_op import draw, ours, table_of
-from support.instruction_sets import CPU_FLAGS, check_instruction_set
+from support.instruction_sets import CPU_FLAGS, TILE_FLAGS, check_instruction_set
 from support.row_attention import TREES, dense_mask
 from trl_fast.data.segments import num_tokens
 from trl_fast.ops.attention import TokenTable, row_attention, row_attention_backward
@@ -15,6 +17,8 @@ from trl_fast.ops.backends import supports
 
 BACKENDS = ("cpp", "torch")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Those whose kernels differ in more than how numbers are read: bfloat16 may have tiles.
+KINDS = (torch.float32, torch.bfloat16)
 LONG = ((200, (70, 33, 90), 1, 150), (64,), (63, 65))
 # Heads, key heads, width of keys and of values.
 HEADS = [
@@ -90,52 +94,60 @@ def test_heads_of_every_kind(heads, dtype, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("softcap", [0.0, 1.5])
-def test_masks_and_caps(mask, softcap, backend):
-    check(draw(4, 2, 32, 32, sum(map(num_tokens, LONG))), LONG, mask, None, softcap, backend)
+def test_masks_and_caps(mask, softcap, dtype, backend):
+    check(draw(4, 2, 32, 32, sum(map(num_tokens, LONG)), dtype), LONG, mask, None, softcap, backend)
 
 
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
 @pytest.mark.parametrize("trees", TREES.values(), ids=TREES)
-def test_small_trees(trees):
+def test_small_trees(trees, dtype):
     for window in (None, 1, 5):
-        check(draw(6, 2, 16, 16, sum(map(num_tokens, trees))), trees, {"window": window})
+        check(draw(6, 2, 16, 16, sum(map(num_tokens, trees)), dtype), trees, {"window": window})
 
 
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
 @pytest.mark.parametrize("tokens", [0, 1, 2, 63, 64, 65, 127, 129, 513])
-def test_any_number_of_tokens(tokens):
+def test_any_number_of_tokens(tokens, dtype):
     for heads in ((9, 3, 64, 64), (1, 1, 32, 32), (5, 1, 20, 20)):
-        check(draw(*heads, tokens), ((tokens,),))
+        check(draw(*heads, tokens, dtype), ((tokens,),))
 
 
-def test_a_long_prompt_and_many_branches():
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_a_long_prompt_and_many_branches(dtype):
     trees = ((900, *([17] * 20), (100, 40, 50)),)
-    check(draw(2, 1, 64, 64, num_tokens(trees[0])), trees)
+    check(draw(2, 1, 64, 64, num_tokens(trees[0]), dtype), trees)
 
 
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
 @pytest.mark.parametrize("window", [None, 300])
 @pytest.mark.parametrize("tokens", [1100, 2100])
-def test_long_sequences(tokens, window):
+def test_long_sequences(tokens, window, dtype):
     """Backward takes two and four of their blocks together."""
-    check(draw(2, 1, 16, 16, tokens + 30), ((tokens, 30),), {"window": window})
+    check(draw(2, 1, 16, 16, tokens + 30, dtype), ((tokens, 30),), {"window": window})
 
 
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
 @pytest.mark.parametrize("size", [1e-20, 30.0, 3e3])
-def test_scores_of_any_size(size):
+def test_scores_of_any_size(size, dtype):
     """Scores of 1e4 and more: a token attends to one key alone; and all alike."""
-    check(draw(3, 1, 64, 64, 200, size=size), ((120, 50, 30),))
+    check(draw(3, 1, 64, 64, 200, dtype, size=size), ((120, 50, 30),))
 
 
-def test_scores_that_grow_and_shrink_by_thousands():
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_scores_that_grow_and_shrink_by_thousands(dtype):
     """Keys in the order of their scores, so that every block has another top."""
     for sign in (1, -1):
-        query, key, value, grad = draw(2, 1, 8, 8, 700)
+        query, key, value, grad = draw(2, 1, 8, 8, 700, dtype)
         query[..., 0], key[..., 0] = 10.0, sign * torch.linspace(-2000, 2000, 700)
         check((query, key, value, grad), ((700,),))
 
 
-def test_nan_and_infinity_are_seen():
-    query, key, value, _ = draw(2, 1, 16, 16, 100)
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_nan_and_infinity_are_seen(dtype):
+    query, key, value, _ = draw(2, 1, 16, 16, 100, dtype)
     key[0, 50, 3], query[1, 10, 2] = float("nan"), float("inf")
     out, lse = row_attention(query, key, value, table_of(((100,),)), 0.25, backend="cpp")
     assert out[:, 50:].isnan().all() and lse[:, 50:].isnan().all() and out[1, 10].isnan().all()
@@ -163,9 +175,10 @@ def test_no_token_in_memory_of_any_layout():
     assert all(result.numel() == 0 for result in ours(given, ((0,),), {}, 0.2, 0.0, "cpp"))
 
 
-def test_bits_do_not_depend_on_the_number_of_threads():
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(dtype):
     trees = ((500, 100, (200, 30, 40), 60),)
-    given, before, found = draw(9, 3, 64, 64, num_tokens(trees[0])), torch.get_num_threads(), []
+    given, before, found = draw(9, 3, 64, 64, num_tokens(trees[0]), dtype), torch.get_num_threads(), []
     try:
         for threads in (1, 2, 4, 4):
             torch.set_num_threads(threads)
@@ -176,12 +189,13 @@ def test_bits_do_not_depend_on_the_number_of_threads():
         assert all(map(torch.equal, got, found[0]))
 
 
-def test_no_memory_is_read_before_it_is_written():
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_no_memory_is_read_before_it_is_written(dtype):
     before = torch.are_deterministic_algorithms_enabled()
     try:
         # torch.empty is only poisoned in this mode.
         torch.use_deterministic_algorithms(True)
-        check(draw(5, 1, 20, 20, 131), ((70, 50, 11),))
+        check(draw(5, 1, 20, 20, 131, dtype), ((70, 50, 11),))
     finally:
         torch.use_deterministic_algorithms(before)
 
@@ -272,12 +286,15 @@ def check_all_kernels():
         for dtype in DTYPES:
             check(draw(*heads, tokens, dtype), LONG)
     for mask in MASKS.values():
-        for softcap in (0.0, 1.5):
-            check(draw(4, 2, 32, 32, tokens), LONG, mask, None, softcap)
-    test_scores_that_grow_and_shrink_by_thousands()
-    test_nan_and_infinity_are_seen()
+        for softcap, dtype in itertools.product((0.0, 1.5), KINDS):
+            check(draw(4, 2, 32, 32, tokens, dtype), LONG, mask, None, softcap)
+    for dtype in KINDS:
+        test_scores_that_grow_and_shrink_by_thousands(dtype)
+        test_nan_and_infinity_are_seen(dtype)
+        test_no_memory_is_read_before_it_is_written(dtype)
+        test_long_sequences(1100, 300, dtype)
 
 
-@pytest.mark.parametrize("isa", CPU_FLAGS)
+@pytest.mark.parametrize("isa", CPU_FLAGS | TILE_FLAGS)
 def test_every_instruction_set(isa):
     check_instruction_set(isa, check_all_kernels, tested_here=True)

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from support.attention_op import draw, ours, table_of
-from support.instruction_sets import CPU_FLAGS, check_instruction_set
+from support.instruction_sets import CPU_FLAGS, TILE_FLAGS, check_instruction_set
 from trl_fast.data.segments import num_tokens, segments_of
 from trl_fast.ops.attention import row_attention
 
+# Those whose kernels differ in more than how numbers are read: bfloat16 may have tiles.
+KINDS = (torch.float32, torch.bfloat16)
 # Heads, key heads, width of keys and of values.
 HEADS = [(9, 3, 64, 64), (2, 2, 20, 12), (7, 1, 5, 3)]
 TREES = {
@@ -62,28 +64,31 @@ def check_places(heads, tree, mask, dtype=torch.float32, softcap=0.0):
             assert torch.equal(got[:, first : first + tokens], expected), (name, before, behind)
 
 
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("tree", TREES.values(), ids=TREES)
-def test_a_tree_has_its_bits_in_every_place(tree, heads):
+def test_a_tree_has_its_bits_in_every_place(tree, heads, dtype):
     for mask in MASKS.values():
-        check_places(heads, tree, mask)
+        check_places(heads, tree, mask, dtype)
 
 
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
 @pytest.mark.parametrize("window", [None, 300])
-def test_a_long_tree_whose_blocks_are_taken_together(window):
-    check_places((2, 1, 8, 8), (1100, 40), {"window": window})
+def test_a_long_tree_whose_blocks_are_taken_together(window, dtype):
+    check_places((2, 1, 8, 8), (1100, 40), {"window": window}, dtype)
 
 
-def test_with_a_cap_and_in_16_bits():
-    check_places(HEADS[0], TREES["branches"], {}, softcap=1.5)
-    for dtype in (torch.bfloat16, torch.float16):
-        check_places(HEADS[0], TREES["branches"], {}, dtype)
+def test_with_a_cap_and_in_float16():
+    for dtype in KINDS:
+        check_places(HEADS[0], TREES["branches"], {}, dtype, softcap=1.5)
+    check_places(HEADS[0], TREES["branches"], {}, torch.float16)
 
 
-def test_a_sequence_has_its_bits_beside_other_branches():
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_a_sequence_has_its_bits_beside_other_branches(dtype):
     """Output and log-sum-exp of a prompt and of a branch do not depend on the prompt's other branches."""
     prompt, branches = 75, (33, 130, 7)
-    given = draw(6, 2, 32, 32, prompt + sum(branches))
+    given = draw(6, 2, 32, 32, prompt + sum(branches), dtype)
     segments = segments_of(((prompt, *branches),))
     row = ours(given, ((prompt, *branches),), {}, 0.2, 0.0, "cpp")
     for branch in segments[1:]:
@@ -96,12 +101,13 @@ def test_a_sequence_has_its_bits_beside_other_branches():
             assert torch.equal(got[:, branch.start : branch.end], expected[:, prompt:])
 
 
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 @pytest.mark.parametrize("tensor", range(4), ids=["query", "key", "value", "grad"])
-def test_what_is_no_number_stays_in_its_tree(tensor, wrong):
-    """Tiles of 8 rows hold tokens of one segment alone: nothing is multiplied by a neighbour's NaN."""
+def test_what_is_no_number_stays_in_its_tree(tensor, wrong, dtype):
+    """Tiles of 8 or 32 rows hold tokens of one segment alone: nothing is multiplied by a neighbour's NaN."""
     trees = ((5, 3, 4), (1,), (7,), (66, 9), (1, 1), (3,))
-    given = draw(3, 1, 16, 16, tokens_of(trees))
+    given = draw(3, 1, 16, 16, tokens_of(trees), dtype)
     clean = ours(given, trees, {}, 0.2, 0.0, "cpp")
     start = 0
     for tree in trees:
@@ -117,10 +123,11 @@ def test_what_is_no_number_stays_in_its_tree(tensor, wrong):
             assert torch.equal(got, expected), (name, tree)
 
 
-def test_what_is_no_number_stays_in_its_branch():
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_what_is_no_number_stays_in_its_branch(dtype):
     """A branch's output and its own gradients do not depend on another branch's NaN; the prompt's gradients do."""
     trees = ((10, 3, 3, 3),)
-    given = draw(3, 1, 16, 16, 19)
+    given = draw(3, 1, 16, 16, 19, dtype)
     clean = ours(given, trees, {}, 0.2, 0.0, "cpp")
     for x in given:
         x[:, 13:16] = float("nan")
@@ -139,13 +146,15 @@ def test_a_table_whose_segments_cross_is_refused():
 
 
 def check_all_kernels():
-    for heads in HEADS:
-        for tree in TREES.values():
-            check_places(heads, tree, {})
-    for tensor in range(4):
-        test_what_is_no_number_stays_in_its_tree(tensor, float("nan"))
+    for dtype in KINDS:
+        for heads in HEADS:
+            for tree in TREES.values():
+                check_places(heads, tree, {}, dtype)
+        for tensor in range(4):
+            test_what_is_no_number_stays_in_its_tree(tensor, float("nan"), dtype)
+        test_what_is_no_number_stays_in_its_branch(dtype)
 
 
-@pytest.mark.parametrize("isa", CPU_FLAGS)
+@pytest.mark.parametrize("isa", CPU_FLAGS | TILE_FLAGS)
 def test_every_instruction_set(isa):
     check_instruction_set(isa, check_all_kernels, tested_here=True)

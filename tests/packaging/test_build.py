@@ -349,9 +349,16 @@ def test_gcc_shares_rows_among_threads_and_no_compiler_is_no_error_yet(setup_mod
     assert setup_module.parallel_flags(str(tmp_path / "missing")) == []
 
 
-@pytest.mark.parametrize(("processor", "isas"), [("x86_64", ["DEFAULT", "AVX2", "AVX512"]), ("aarch64", ["DEFAULT"])])
-def test_instruction_sets(setup_module, processor, isas):
+@pytest.mark.parametrize(
+    ("processor", "isas", "tiles"),
+    [
+        ("x86_64", ["DEFAULT", "AVX2", "AVX512"], ["EMULATED_AMX", "AMX"]),
+        ("aarch64", ["DEFAULT"], ["EMULATED_AMX"]),
+    ],
+)
+def test_instruction_sets(setup_module, processor, isas, tiles):
     assert setup_module.instruction_sets(processor) == isas
+    assert setup_module.tile_sets(processor) == tiles
 
 
 def test_a_command_names_the_folder_or_the_archive(tmp_path):

@@ -17,13 +17,18 @@ CPU_FLAGS = {
     "avx2": ("avx2", "fma", "f16c"),
     "avx512": ("avx512f", "avx512bw", "avx512vl", "avx512dq"),
 }
+# Those that attention in bfloat16 has kernels of its own for.
+TILE_FLAGS = {
+    "emulated_amx": (),
+    "amx": (*CPU_FLAGS["avx512"], "avx512_bf16", "amx_tile", "amx_bf16"),
+}
 
 
 def cpu_has(isa: str) -> bool:
     """Whether this machine runs an instruction set."""
     info = Path("/proc/cpuinfo")
     flags = set(info.read_text().split()) if info.exists() else set()
-    return all(flag in flags for flag in CPU_FLAGS[isa])
+    return all(flag in flags for flag in (CPU_FLAGS | TILE_FLAGS)[isa])
 
 
 def check_instruction_set(isa: str, function: Callable[[], None], *, tested_here: bool = False) -> None:
@@ -51,7 +56,7 @@ def check_instruction_set(isa: str, function: Callable[[], None], *, tested_here
 def _kernels_are_of(isa: str) -> bool:
     from trl_fast.ops.backends import load_extension
 
-    return load_extension().reason.endswith(isa)
+    return load_extension().reason.endswith(f" {isa}")
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # How people write the instruction sets that the extension's kernels are compiled for.
-INSTRUCTION_SETS = {"avx512": "AVX-512", "avx2": "AVX2", "default": "baseline instructions"}
+INSTRUCTION_SETS = {"amx": "AVX-512 and AMX", "avx512": "AVX-512", "avx2": "AVX2", "default": "baseline instructions"}
 BEST = "the fastest there is here."
 # Where a driver of NVIDIA shows its GPUs, also inside containers, under Linux and in WSL.
 DRIVER_FILES = ("/dev/nvidia0", "/dev/dxg")
