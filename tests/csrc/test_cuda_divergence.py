@@ -16,6 +16,7 @@ from support.divergence_rows import (
     check_narrow_gradient,
     check_offsets_beyond_32_bits,
     check_rows,
+    check_small_probabilities,
 )
 from support.host_kernels import DivergenceArgs, HostDivergence, run_sanitized
 from support.targets import QUICK_TARGETS
@@ -45,6 +46,11 @@ def test_rows_against_float64(kernel, formula, numbers):
 def test_narrow_gradients(kernel, columns, misplaced):
     for formula in ("forward KL", "jsd 0.1"):
         check_narrow_gradient(kernel, columns, FORMULAS[formula], misplaced)
+
+
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_tokens_whose_probabilities_have_no_product_in_float32(kernel, formula):
+    check_small_probabilities(kernel, FORMULAS[formula])
 
 
 def test_empty_rows_and_far_ones(kernel):

@@ -12,6 +12,7 @@ from support.divergence_rows import (
     check_narrow_gradient,
     check_offsets_beyond_32_bits,
     check_rows,
+    check_small_probabilities,
 )
 from support.triton_interpreter import interpreted_kernels
 from trl_fast.kernels import divergence_kernels
@@ -52,6 +53,12 @@ def test_rows_of_any_length(formula, columns):
 @pytest.mark.parametrize("formula", ["reverse KL", pytest.param("jsd 0.1", marks=pytest.mark.slow)])
 def test_narrow_gradients(formula):
     check_narrow_gradient(row_divergence, 300, FORMULAS[formula], misplaced=0)
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("formula", FORMULAS)
+def test_tokens_whose_probabilities_have_no_product_in_float32(formula):
+    check_small_probabilities(row_divergence, FORMULAS[formula])
 
 
 @pytest.mark.usefixtures("interpreter")

@@ -170,6 +170,16 @@ def check_narrow_gradient(
             assert same_bits(gradient, unrounded.to(dtype))
 
 
+def check_small_probabilities(kernel: Callable[..., None], formula: DivergenceFormula) -> None:
+    """The gradient of tokens whose two probabilities have no product in float32: to a few digits of its own."""
+    student, teacher = torch.tensor([[0.0, -60.0, -1.0, -82.0]]), torch.tensor([[0.0, -62.0, -1.5, -80.0]])
+    rows, gradient = Rows(student, teacher, None, None, torch.ones(1)), torch.empty_like(student)
+    exact = torch.empty_like(student, dtype=torch.float64)
+    run(kernel, rows, PLAIN, formula, gradient)
+    run(row_divergence_reference, rows.to(torch.float64), PLAIN, formula, exact)
+    torch.testing.assert_close(gradient.double(), exact, rtol=1e-4, atol=0)
+
+
 def check_empty(kernel: Callable[..., None]) -> None:
     """Without rows nothing is read or written."""
     logits, weights = torch.empty(0, 40), torch.empty(0)
