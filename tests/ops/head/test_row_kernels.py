@@ -1,6 +1,7 @@
 """The C++ row kernels themselves: every instruction set against the reference, and as torch.library ops."""
 
 import itertools
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,14 @@ from trl_fast.ops.head.row_kernels import (
     row_lse_gradient_by_two,
     row_scores_reference,
 )
-from trl_fast.ops.head.row_statistics import ENTROPY, IS_TOP1, LOG_SUM_SQ_PROBS, LSE_ROW, MEAN_LOGITS
+from trl_fast.ops.head.row_statistics import (
+    ENTROPY,
+    IS_TOP1,
+    LOG_SUM_SQ_PROBS,
+    LOG_SUM_SQ_ROW,
+    LSE_ROW,
+    MEAN_LOGITS,
+)
 from trl_fast.ops.head.sweep import finish_scores, new_state
 
 pytestmark = pytest.mark.usefixtures("extension")
@@ -92,6 +100,19 @@ def test_every_instruction_set_of_this_machine(isa):
 def test_exponentials_and_tanh_of_pytorchs_kernels():
     check_exponential(ROW_KERNELS["torch"])
     check_tanh(ROW_KERNELS["torch"])
+
+
+def test_squared_probabilities_in_float64():
+    """Of a flat row, of one that is sure of its target, of another class, and of a target that is ruled out."""
+    columns, high = 4099, 20.0
+    logits, targets = torch.zeros(4, columns, dtype=torch.float64), torch.tensor([7, 7, 8, 9])
+    logits[1:3, 7], logits[3, 9] = high, -math.inf
+    got = statistics(row_scores_reference, logits, targets, None, (1.0, 0.0, 1.0), LOG_SUM_SQ_PROBS)[LOG_SUM_SQ_ROW]
+    sure = math.log1p((columns - 1) * math.exp(-2 * high)) - 2 * math.log1p((columns - 1) * math.exp(-high))
+    exact = torch.tensor([-math.log(columns), sure, sure, -math.log(columns - 1)], dtype=torch.float64)
+    torch.testing.assert_close(got[[0, 1, 3]], exact[[0, 1, 3]], rtol=1e-15, atol=0)
+    # The sum of the others has the 1 of the largest beside what is left.
+    torch.testing.assert_close(got[2], exact[2], rtol=0, atol=8e-15)
 
 
 @pytest.mark.parametrize(

@@ -213,9 +213,11 @@ def finish_scores(state: torch.Tensor, outputs: int, vocab_size: int, dtype: tor
         either = certainty * torch.sigmoid(-certainty) - F.logsigmoid(certainty)
         statistics[ENTROPY_ROW] = either + torch.sigmoid(-margin) * (log_others - state[SUM_X] / others)
     if outputs & LOG_SUM_SQ_PROBS:
-        other, concentration = torch.sigmoid(-margin), state[SUM_SQ] / others.square()
-        # (1 - q)² + q² Σ_{j≠t} (p_j / q)², q being the probability of another.
-        statistics[LOG_SUM_SQ_ROW] = torch.log1p(other * (other * (1 + concentration) - 2))
+        # (1 - q)² + q² Σ_{j≠t} (p_j / q)², q being the probability of another: a sum that cannot cancel.
+        concentration = state[SUM_SQ].log() - 2 * log_others
+        statistics[LOG_SUM_SQ_ROW] = torch.logaddexp(
+            2 * F.logsigmoid(margin), 2 * F.logsigmoid(-margin) + concentration
+        )
     if outputs & MEAN_LOGITS:
         statistics[MEAN_LOGITS_ROW] = state[TOTAL] / vocab_size
     if outputs & IS_TOP1:
