@@ -154,6 +154,19 @@ def test_nan_and_infinity_are_seen(dtype):
     assert out[0, :50].isfinite().all() and out[1, :10].isfinite().all() and out[1, 11:50].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_infinite_score_is_seen_in_the_gradients_of_what_the_token_sees(dtype):
+    """Autograd's are NaN there, too."""
+    given = [x.abs() for x in draw(2, 1, 16, 16, 100, dtype)]
+    given[0][1, 10, 2] = float("inf")
+    got, theirs = ours(given, ((100,),), {}, 0.25, 0.0, "cpp"), plain(given, ((100,),), {}, 0.25, 0.0, dtype)
+    assert got[0][1, 10].isnan().all() and got[1][1, 10].isnan() and theirs[1][1, 10] == float("inf")
+    assert ours(given, ((100,),), {}, 0.25, 0.0, "torch")[1][1, 10] == float("inf")
+    assert got[2][1, 10].isnan().all() and theirs[2][1, 10].isnan().all()
+    for gradient, other in zip(got[3:], theirs[3:], strict=True):
+        assert gradient[:, :11].isnan().all() and other.isnan().all()
+
+
 def strided(x):
     """The same numbers in other places: tokens first, with gaps, each last dimension apart or backwards."""
     room = torch.full((x.shape[1], x.shape[0] + 1, x.shape[2] + 3), float("nan"), dtype=x.dtype)
@@ -227,6 +240,7 @@ def test_opcheck(backend):
     torch.library.opcheck(torch.ops.trl_fast.row_attention_backward.default, given)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -242,19 +256,21 @@ def test_opcheck(backend):
         ({"segments": [0, 20, 21, 0]}, "segments: number 0 does not stand behind the one before"),
         ({"segments": [0, 20, 20, -1]}, "segments: number 0 has -1 tokens of its sequence before it, the row has 0"),
         ({"segments": [0, 9, 20, 0, 9, 20, 20, 10]}, "segments: number 1 has 10 tokens of its sequence before it"),
+        ({"segments": [0, 8, 12, 0, 8, 20, 20, 8]}, "segments: number 1 ends behind one that it continues"),
         ({"runs": [3, 21]}, "runs: number 0 leaves the row"),
+        ({"runs": [3, 5, -3, 2]}, "runs: number 1 leaves the row"),
         ({"runs": [3]}, "runs: expected two numbers a run"),
         ({"window": -1}, "window: expected tokens, or 0 for all"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_input_is_named(change, message):
+def test_bad_input_is_named(change, message, backend):
     given = dict(zip(("query", "key", "value"), draw(4, 2, 8, 8, 20)[:3], strict=True))
     table = {"segments": [0, 20, 20, 0], "runs": [], "whole_runs": False, "window": 0}
     for place in (given, table):
         place |= {name: value for name, value in change.items() if name in place}
     with pytest.raises(ValueError, match=message):
-        row_attention(*given.values(), TokenTable(**table), 0.3, backend="cpp")
+        row_attention(*given.values(), TokenTable(**table), 0.3, backend=backend)
 
 
 def test_the_kernels_themselves_refuse_queries_without_heads():

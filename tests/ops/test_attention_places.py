@@ -5,10 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from support.attention_op import draw, ours, table_of
+from support.attention_op import draw, ours
 from support.instruction_sets import CPU_FLAGS, TILE_FLAGS, check_instruction_set
 from trl_fast.data.segments import num_tokens, segments_of
-from trl_fast.ops.attention import row_attention
 
 # Those whose kernels differ in more than how numbers are read: bfloat16 may have tiles.
 KINDS = (torch.float32, torch.bfloat16)
@@ -136,13 +135,6 @@ def test_what_is_no_number_stays_in_its_branch(dtype):
         assert torch.equal(got[:, 16:], expected[:, 16:]) and torch.equal(got[:, 10:13], expected[:, 10:13])
     assert all(torch.equal(got[:, :10], expected[:, :10]) for got, expected in zip(found[:3], clean[:3], strict=True))
     assert found[3][:, :10].isnan().all() and found[4][:, :10].isnan().all()
-
-
-def test_a_table_whose_segments_cross_is_refused():
-    query, key, value, _ = draw(4, 2, 8, 8, 20)
-    crossing = table_of(((20,),))._replace(segments=[0, 8, 12, 0, 8, 20, 20, 8])
-    with pytest.raises(ValueError, match="segments: number 1 ends behind one that it continues"):
-        row_attention(query, key, value, crossing, 0.3, backend="cpp")
 
 
 def check_all_kernels():

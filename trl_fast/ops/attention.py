@@ -38,6 +38,36 @@ class TokenTable(NamedTuple):
     window: int = 0
 
 
+def _check_table(table: TokenTable, tokens: int) -> None:
+    """Raises ValueError if a table is not that of a row of so many tokens; the kernels check the same."""
+    segments, runs, _, window = table
+    if len(segments) % 4:
+        raise ValueError(f"segments: expected four numbers a segment, got {len(segments)}")
+    if len(runs) % 2:
+        raise ValueError(f"runs: expected two numbers a run, got {len(runs)}")
+    next_token, tree_ends = 0, list[int]()  # of the segments that the next one may continue
+    for n, (start, end, tree_end, offset) in enumerate(zip(*(segments[i::4] for i in range(4)), strict=True)):
+        if not next_token == start <= end <= tree_end <= tokens:
+            raise ValueError(f"segments: number {n} does not stand behind the one before")
+        if not 0 <= offset <= start:
+            raise ValueError(
+                f"segments: number {n} has {offset} tokens of its sequence before it, the row has {start}"
+            )
+        while tree_ends and tree_ends[-1] <= start:
+            tree_ends.pop()
+        if tree_ends and tree_end > tree_ends[-1]:
+            raise ValueError(f"segments: number {n} ends behind one that it continues")
+        tree_ends.append(tree_end)
+        next_token = end
+    if next_token != tokens:
+        raise ValueError(f"segments: they have {next_token} tokens, the row has {tokens}")
+    for n, (start, end) in enumerate(zip(runs[::2], runs[1::2], strict=True)):
+        if start < 0 or end > tokens:
+            raise ValueError(f"runs: number {n} leaves the row")
+    if window < 0:
+        raise ValueError(f"window: expected tokens, or 0 for all, got {window}")
+
+
 def _visible(segments: Sequence[int], runs: Sequence[int], whole_runs: bool, window: int, tokens: int) -> torch.Tensor:
     """Returns which keys a token attends to, (T, T) bool."""
     positions, firsts = torch.zeros(tokens, dtype=torch.long), torch.arange(tokens)
@@ -46,9 +76,10 @@ def _visible(segments: Sequence[int], runs: Sequence[int], whole_runs: bool, win
         positions[start:end] = torch.arange(offset, offset + end - start)
         visible[start:tree_end, start:end] = True
     for start, end in zip(runs[::2], runs[1::2], strict=True):
-        ends[start:end] = end
+        run = slice(start, max(start, end))
+        ends[run] = end
         if whole_runs:
-            firsts[start:end] = start
+            firsts[run] = start
     keys = torch.arange(tokens)
     near = (positions[:, None] - positions < (window or tokens)) | (keys >= firsts[:, None])
     return visible & near & (keys < ends[:, None])
@@ -64,6 +95,7 @@ def _scores(
     query: torch.Tensor, key: torch.Tensor, table: TokenTable, scale: float, softcap: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns scores (heads, T, T), -∞ where nothing is seen, and their derivative by scale · query · key."""
+    _check_table(table, query.shape[1])
     scores = query @ key.transpose(-1, -2) * scale
     derivative = torch.ones_like(scores)
     if softcap:
@@ -207,6 +239,8 @@ def row_attention(
     Returns:
         The output (heads, T, Dv), dtype of query, a view of a contiguous (T, heads, Dv); and the log-sum-exp of the
         scores (heads, T), float32 at least. Without a gradient formula: `row_attention_backward` is called for it.
+        A token that has a score of NaN or +∞ has NaN as output, as softmax gives. Its log-sum-exp is NaN by "cpp", so
+        that all gradients of what it sees are NaN, as by autograd; by "torch" it is +∞ in the second case.
 
     Raises:
         ValueError: a shape, a dtype or the table is not as above.
