@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import sys
 import types
@@ -20,6 +21,7 @@ from benchmarks.families import tiny_config
 from support.models import tiny_model
 from trl_fast.modeling.fused_layers import FUSED_LAYERS, fuse_layers, try_outs
 from trl_fast.modeling.fused_layers.fused_classes import fused_class_for
+from trl_fast.modeling.fused_layers.rotary_functions import restore_function
 from trl_fast.modeling.fused_layers.try_outs import Draw
 from trl_fast.modeling.loading import base_model, disable_dropout
 from trl_fast.modeling.model_changes import changes_of
@@ -280,10 +282,14 @@ def test_printed_pickled_and_copied():
     assert len(fused_modules(copy.deepcopy(model))) == len(fused_modules(model)) == 11
 
 
-def test_undone_it_is_the_model_of_before(monkeypatch):
-    # Another test's model may be alive, whose function all Llamas share.
-    plain = getattr(modeling_llama.apply_rotary_pos_emb, "fused_from", modeling_llama.apply_rotary_pos_emb)
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", plain)
+def plain_function():
+    """The function that all Llamas share; another test's fused model may be alive."""
+    restore_function(modeling_llama.__name__, "apply_rotary_pos_emb")
+    return modeling_llama.apply_rotary_pos_emb
+
+
+def test_undone_it_is_the_model_of_before():
+    plain = plain_function()
     model = tiny_model()
     classes, expected = [type(module) for module in model.modules()], run(model)
     fuse_layers(model, CPU)
@@ -299,6 +305,23 @@ def test_undone_it_is_the_model_of_before(monkeypatch):
     assert all(torch.equal(found[1][name], gradient) for name, gradient in expected[1].items())
     changes_of(copied).undo_all()
     assert not any(hasattr(module, "fused_class") for module in copied.modules())
+
+
+def test_models_that_are_gone_give_the_function_back():
+    """Without an undo, when no fused model of the family is left."""
+    gc.collect()  # fused models of other tests
+    plain = plain_function()
+    models = [tiny_model() for _ in range(3)]
+    for model in models:
+        fuse_layers(model, CPU)
+    changes_of(models[0]).undo(FUSED_LAYERS)
+    fuse_layers(models[1], CPU)
+    del model, models[2]
+    gc.collect()
+    assert modeling_llama.apply_rotary_pos_emb is not plain
+    del models[1]
+    gc.collect()
+    assert modeling_llama.apply_rotary_pos_emb is plain
 
 
 class Doubled(modeling_llama.LlamaRMSNorm):

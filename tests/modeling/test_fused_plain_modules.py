@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from support.models import tiny_model
 from trl_fast.modeling.fused_layers import FUSED_LAYERS, fuse_layers, plain_modules
+from trl_fast.modeling.fused_layers.rotary_functions import restore_function
 from trl_fast.modeling.loading import base_model, disable_dropout
 from trl_fast.modeling.model_changes import changes_of
 from trl_fast.modeling.upcast_linear_layers import upcast_linear_layers
@@ -73,10 +74,9 @@ def with_lora(model, **options):
 
 
 @pytest.fixture(autouse=True)
-def plain_rotary_function(monkeypatch):
+def plain_rotary_function():
     """A family's models share it, and one that another test has fused may be there still."""
-    plain = getattr(modeling_llama.apply_rotary_pos_emb, "fused_from", modeling_llama.apply_rotary_pos_emb)
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", plain)
+    restore_function(modeling_llama.__name__, "apply_rotary_pos_emb")
 
 
 @pytest.mark.parametrize(("family", "cls", "layers"), [("llama", nn.Linear, 4), ("gpt2", Conv1D, 8)])

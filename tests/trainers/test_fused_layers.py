@@ -11,14 +11,14 @@ import trl_fast
 from support.models import tiny_model
 from support.training import assert_same_logs, color_pairs, make_trainer
 from trl_fast.modeling.fused_layers import FUSED_LAYERS
+from trl_fast.modeling.fused_layers.rotary_functions import restore_function
 from trl_fast.modeling.model_changes import changes_of
 from trl_fast.trainers.base.fused_models import FusedModels
 
 
 @pytest.fixture(autouse=True)
-def _own_function(monkeypatch):
-    present = modeling_llama.apply_rotary_pos_emb
-    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", getattr(present, "fused_from", present))
+def _own_function():
+    restore_function(modeling_llama.__name__, "apply_rotary_pos_emb")
 
 
 class Watch(TrainerCallback):

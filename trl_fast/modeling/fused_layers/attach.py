@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from trl_fast.modeling.loading import whole_backbone
-from trl_fast.modeling.model_changes import changes_of
+from trl_fast.modeling.model_changes import changes_of, has_change
 from trl_fast.ops.backends import KERNEL_DTYPES
 from trl_fast.ops.device import device_facts
 from trl_fast.parallel.engines import original_class
@@ -72,7 +73,7 @@ def fuse_layers(model: PreTrainedModel, device: torch.device, *, required: bool 
         # Another model of the family may have given the functions back.
         for function in rotary_functions(model):
             if not _why_not_turned(function, model, device):
-                function.exchange()
+                _exchange(function, model)
         return
     found, name = _look(model, device), type(model).__name__
     if not (found.modules or found.plain or found.rotaries):
@@ -90,8 +91,27 @@ def fuse_layers(model: PreTrainedModel, device: torch.device, *, required: bool 
     for module, fused in (*found.modules, *found.layers, *attentions.items(), *found.plain):
         change.set_class(module, fused)
     for function in found.rotaries:
-        function.exchange()
+        _exchange(function, model)
         change.on_undo(restore_function, function.module, function.known.name)
+
+
+# Models that use a function in one pass, by its Python module and name.
+_users: dict[tuple[str, str], weakref.WeakSet[PreTrainedModel]] = {}
+
+
+def _exchange(function: RotaryFunction, model: PreTrainedModel) -> None:
+    """Exchanges a function that a model's family shares; it comes back when the last fused model of these is gone."""
+    function.exchange()
+    key = function.module, function.known.name
+    users = _users.setdefault(key, weakref.WeakSet())
+    if model not in users:
+        users.add(model)
+        weakref.finalize(model, _restore_unused, *key).atexit = False
+
+
+def _restore_unused(module: str, name: str) -> None:
+    if not any(has_change(model, FUSED_LAYERS) for model in _users[module, name]):
+        restore_function(module, name)
 
 
 @functools.cache
