@@ -100,23 +100,38 @@ def test_an_mlp_in_tiles_leaves_the_head_no_more_than_tiles_of_logits(model):
 )
 def test_results_that_stay_on_a_cpu_grow_with_the_tokens_while_a_layer_is_small(model, tokens, expected):
     hidden = torch.empty(1).expand(2, tokens // 2, HIDDEN)
-    assert default_activation_budget(model, hidden) == expected
+    # An adapter has few gradients: where there are tiles they have no say.
+    assert default_activation_budget(model, hidden, 0) == expected
     with simulated_device(GPU):
-        assert default_activation_budget(model, hidden) == 0
+        assert default_activation_budget(model, hidden, 0) == 0
 
 
-def test_where_no_head_reads_the_vocabulary_less_stays(model):
+@pytest.mark.parametrize(
+    ("tokens", "gradients", "expected"),
+    [
+        (8, 4 * GIB, 8 * 384 * KIB),
+        (8192, 4 * GIB, GIB),
+        # What gradients will take above a layer in backward and the inputs of two.
+        (1024, 384 * MIB, 384 * MIB - 1024 * 6 * (MLP + HIDDEN) * 4 - 2 * 1024 * HIDDEN * 4),
+        # An adapter's, or gradients that are there already.
+        (1024, MIB, 0),
+        (8, 0, 0),
+    ],
+)
+def test_where_no_head_reads_the_vocabulary_results_stay_in_the_place_of_gradients(model, tokens, gradients, expected):
     classifier = AutoModelForSequenceClassification.from_config(model.config)
-    for tokens, expected in ((8, 8 * 384 * KIB), (8192, GIB)):
-        hidden = torch.empty(1).expand(1, tokens, HIDDEN)
-        assert default_activation_budget(classifier, hidden) == expected
+    assert classifier.config.num_hidden_layers == 2
+    hidden = torch.empty(1).expand(1, tokens, HIDDEN)
+    assert default_activation_budget(classifier, hidden, gradients) == expected
+    with simulated_device(GPU):
+        assert default_activation_budget(classifier, hidden, gradients) == 0
 
 
 def test_layers_of_16_bits_and_mlps_in_tiles_leave_more_room_for_results(model):
     hidden = torch.empty(1).expand(1, 30000, HIDDEN)
-    plain = default_activation_budget(model, hidden)
+    plain = default_activation_budget(model, hidden, 0)
     with torch.autocast("cpu", torch.bfloat16):
-        assert default_activation_budget(model, hidden) > plain
+        assert default_activation_budget(model, hidden, 0) > plain
     tiled = copy.deepcopy(model)
     tile_mlps(tiled, 64)
-    assert default_activation_budget(tiled, hidden) > plain
+    assert default_activation_budget(tiled, hidden, 0) > plain

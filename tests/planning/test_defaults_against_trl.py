@@ -36,6 +36,13 @@ CASES += [
     for dtype in ("float32", "bfloat16")
     for length in (512, 3000, 8192)
 ]
+# A reward model's step has no tiles of logits: what checkpointing keeps on a CPU has to fit elsewhere.
+CASES += [
+    ("reward", *model, "float32", "cpu", batch, length, accumulation)
+    for model in (QWEN, ("qwen2.5-0.5b", 16))
+    for batch, length in ((2, 320), (8, 1024))
+    for accumulation in (1, 4)
+]
 # Models of two layers, whose peak is in or near the head.
 SHALLOW = [
     ("sft", *QWEN, "bfloat16", "gpu", 8, 1024, 1),
@@ -43,6 +50,8 @@ SHALLOW = [
     ("sft", *QWEN, "float32", "cpu", 1, 2048, 1),
     ("dpo", *LLAMA, "bfloat16", "gpu", 1, 512, 1),
     ("grpo", *QWEN, "bfloat16", "gpu", 8, 512, 1),
+    ("reward", *QWEN, "float32", "cpu", 8, 1024, 1),
+    ("reward", "qwen2.5-0.5b", 16, "float32", "cpu", 2, 512, 1),
 ]
 
 
@@ -68,7 +77,7 @@ def tables(setup, length):
     begin, as any tensor at least 512 bytes.
     """
     config = setup.config
-    rows = setup.per_device_train_batch_size * (2 if setup.method == "dpo" else 1)
+    rows = setup.per_device_train_batch_size * (2 if setup.method in ("dpo", "reward") else 1)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     positions = (rows - 1) * length * 2 * head_dim * setup.torch_dtype.itemsize
     return positions + (0 if setup.method == "sft" else rows * length * 20) + 4 * 512

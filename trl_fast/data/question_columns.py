@@ -21,7 +21,7 @@ def rename_hint(columns: Iterable[str]) -> str:
     known = [*columns]
     found = [column for column in QUESTION_COLUMNS if column in known]
     if not found or "prompt" in known:
-        return "Rename yours with dataset.rename_column(...)."
+        return "Rename yours: in the file, or with dataset.rename_column(...)."
     return f"If {found[0]!r} is the prompt, call dataset.rename_column({found[0]!r}, 'prompt')."
 
 

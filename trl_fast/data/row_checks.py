@@ -66,7 +66,8 @@ def check_preference_columns(
         *first, last = (repr(column) for column in ("chosen", "rejected", *others))
         raise ValueError(
             f"The {name} dataset has the columns {columns}; expected {', '.join(first)} and {last} (with or without "
-            f"'prompt'), or the tokenized {', '.join(token_columns)}. Rename yours with dataset.rename_column(...)."
+            f"'prompt'), or the tokenized {', '.join(token_columns)}. Rename yours: in the file, or with "
+            "dataset.rename_column(...)."
         )
     return columns
 

@@ -83,25 +83,29 @@ def mlp_bytes(model: PreTrainedModel, num_tokens: int) -> int:
     return num_tokens * 9 * (mlp_width(model.config.get_text_config()) or 0)
 
 
-def default_activation_budget(model: PreTrainedModel, hidden: torch.Tensor) -> int:
+def default_activation_budget(model: PreTrainedModel, hidden: torch.Tensor, missing_gradients: int) -> int:
     """Returns the bytes of results that checkpointing keeps in a forward pass where all layers are checkpointed.
 
     On GPUs none: there only what is free is spent. On a CPU no more than what TRL's tiles of logits take above a layer
     in backward, beside which the results are still kept: six intermediate results of its MLP, and of the hidden size
-    six more than stand beside the tiles; and no more than the head's workspace leaves of them. Where TRL has no tiles,
-    because no head reads the vocabulary, as much as that workspace would have been.
+    six more than stand beside the tiles; and no more than the head's workspace leaves of them.
 
-    hidden: the first layer's hidden states (B, T, H); Gemma 3n has several of them (A, B, T, H).
+    Where TRL has no tiles, because no head reads the vocabulary, as much as that workspace would have been; but no
+    more than the gradients that backward is still to make take above such a layer and the inputs of all: kept results
+    go while gradients come.
+
+    hidden: the first layer's hidden states (B, T, H); Gemma 3n has several of them (A, B, T, H). missing_gradients:
+    bytes of the gradients that are not there when the pass starts.
     """
     if device_facts(hidden.device).kind != "cpu":
         return 0
     tokens, hidden_size, kind = hidden.shape[-3:-1].numel(), hidden.shape[-1], hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    width = mlp_width(model.config.get_text_config()) or 4 * hidden_size
-    mlp = 0 if TILED_LAYERS in changes_of(model) else width
-    above = (
-        min(tokens, _TILE_ROWS_OF_TRL) * _ROW_BYTES_OF_TRL_ON_CPU - tokens * 6 * (mlp + hidden_size) * dtype.itemsize
-    )
+    config = model.config.get_text_config()
+    mlp = 0 if TILED_LAYERS in changes_of(model) else mlp_width(config) or 4 * hidden_size
+    layer = tokens * 6 * (mlp + hidden_size) * dtype.itemsize
     if model.get_output_embeddings() is None:
-        return max(0, min(tokens * _ROW_BYTES_ON_CPU, _MOST_BYTES, above))
-    return max(0, min(min(tokens, _TILE_ROWS_OF_TRL) * _KEPT_ROW_BYTES_ON_CPU, above))
+        inputs = config.num_hidden_layers * hidden.nbytes
+        return max(0, min(tokens * _ROW_BYTES_ON_CPU, _MOST_BYTES, missing_gradients - layer - inputs))
+    rows = min(tokens, _TILE_ROWS_OF_TRL)
+    return max(0, min(rows * _KEPT_ROW_BYTES_ON_CPU, rows * _ROW_BYTES_OF_TRL_ON_CPU - layer))

@@ -238,7 +238,8 @@ class SelectiveCheckpointing:
         kept = max(0, self._left_before - self.budget.left)
         memory = self.device_memory(hidden.device) if self._may_leave_whole and layers else None
         if memory is None or _says_why_none_whole(layers):
-            self._meter, self.default_limit = None, default_activation_budget(self._model, hidden)
+            missing = missing_gradient_bytes(self._weights)
+            self._meter, self.default_limit = None, default_activation_budget(self._model, hidden, missing)
             self._share(layers, 0, max(0, (self.default_limit if self.limit is None else self.limit) - kept))
             return
         if self._meter is not None and (found := self._meter.footprint()) is not None:

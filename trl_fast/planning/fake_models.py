@@ -48,6 +48,9 @@ def meta_model(setup: TrainingSetup, layers: int | None = None, *, classifier: b
     config.use_cache = False
     if classifier:
         config.num_labels = 1
+        if config.get_text_config().pad_token_id is None:
+            # Trainers take the tokenizer's: a classifier reads padded rows only if it knows which token pads.
+            config.get_text_config().pad_token_id = 0
         if reads_images(config):
             register_image_classifier(config)
     auto = AutoModelForSequenceClassification if classifier else language_model_class(config)
