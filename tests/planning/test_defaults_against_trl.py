@@ -40,7 +40,7 @@ CASES += [
 CASES += [
     ("reward", *model, "float32", "cpu", batch, length, accumulation)
     for model in (QWEN, ("qwen2.5-0.5b", 16))
-    for batch, length in ((2, 320), (8, 1024))
+    for batch, length in ((2, 2048), (8, 1024))
     for accumulation in (1, 4)
 ]
 # Models of two layers, whose peak is in or near the head.
