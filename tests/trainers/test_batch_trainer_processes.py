@@ -25,8 +25,12 @@ CASES = {
     "online dpo, generated": ("OnlineDPO", {"max_new_tokens": 8, "generates": True}),
     "a2po": ("A2PO", {"max_completion_length": 8, "num_value_samples": 4, "beta2": 0.05}),
     "a2po, lora": ("A2PO", {"max_completion_length": 8, "num_value_samples": 4, "beta2": 0.05, "peft": True}),
-    # All prompts are trained on: a last step of fewer rows would be filled up where there are two ranks.
     "a2po, generated": ("A2PO", {"max_completion_length": 8, "generates": True, "filter_all_incorrect": False}),
+    # Two values leave 10 of 12 prompts: accelerate would fill a last step of two up with the epoch's first prompts.
+    "a2po, some prompts": (
+        "A2PO",
+        {"max_completion_length": 8, "generates": True, "num_value_samples": 2, "dataloader_drop_last": True},
+    ),
 }
 # Those of the default tests.
 QUICK = {"ddp": ["online dpo"], "fsdp2": ["online dpo", "online dpo, generated", "a2po, generated"]}
