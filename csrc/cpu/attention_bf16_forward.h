@@ -44,8 +44,8 @@ void pack(const AttentionArgs& args, int64_t begin, int64_t end) {
 // Rows of a tile while it goes over its blocks.
 struct Softmax {
   BFloat16* query;      // (rows, key_width)
-  BFloat16* weights;    // (kBand, kKeyBlock)
-  float* scores;        // (kBand, kKeyBlock)
+  BFloat16* weights;    // (rows, kKeyBlock)
+  float* scores;        // (rows, kKeyBlock)
   float* out;           // (rows, value_width), relative to 2^top
   float* tops;          // (rows,) what exponents are relative to
   float* sums;          // (rows, kWidth) of weights
@@ -60,8 +60,8 @@ Softmax forward_room(const AttentionArgs& args, Room& room) {
   s.key_width = whole_bands(args.width);
   s.value_width = whole_bands(args.value_width);
   s.query = take_narrow(room, rows * s.key_width);
-  s.weights = take_narrow(room, kBand * kKeyBlock);
-  s.scores = room.take(kBand * kKeyBlock);
+  s.weights = take_narrow(room, rows * kKeyBlock);
+  s.scores = room.take(rows * kKeyBlock);
   s.out = room.take(rows * s.value_width);
   s.tops = room.take(rows);
   s.sums = room.take(rows * kWidth);
@@ -154,23 +154,37 @@ void compute_weights(const Softmax& state, const StripAtWork& at, Vec exponent) 
   }
 }
 
-void attend_band(const AttentionArgs& args, const Softmax& state, int64_t row, int64_t rows, const BFloat16* keys,
-                 const BFloat16* values) {
-  const Seen* const seen = state.seen + row / kStrip;
-  const BandSeen band(seen);
-  if (!band.any) return;
-  const int64_t begin = band.begin(), size = band.end() - begin;
-  multiply_tiles<false>(rows, band_of(state.query, row, state.key_width), columns_from(begin, keys, args.width), size,
-                        state.key_width / kSteps, state.scores + begin, kKeyBlock);
-  const ScoreFactors factors(args);
-  for (int64_t n = 0; n < kStrips && n * kStrip < rows; ++n) {
-    const int64_t from = n * kStrip * kKeyBlock;
-    const StripAtWork at = {seen[n], row + n * kStrip, state.scores + from, state.weights + from, begin, band.end()};
-    if (args.softcap) cap(at, factors.inner, args.softcap);
-    (sees_all(seen[n]) ? compute_weights<false> : compute_weights<true>)(state, at, splat(factors.exponent));
+// Calls f(row, rows, strips, what is seen) for the bands of a tile that see something.
+template <typename F>
+inline void for_bands(const Tile& tile, const Seen* seen, F f) {
+  for (int64_t row = 0; row < tile.rows; row += kBand) {
+    const BandSeen band(seen + row / kStrip);
+    if (band.any) f(row, std::min(kBand, tile.rows - row), seen + row / kStrip, band);
   }
-  multiply_tiles<true>(rows, band_of(state.weights + begin, 0, kKeyBlock), steps_from(begin, values, args.value_width),
-                       state.value_width, size / kSteps, state.out + row * state.value_width, state.value_width);
+}
+
+// All bands are multiplied before any of them goes on: tiles that were just written are slow to read.
+void attend_block(const AttentionArgs& args, const Softmax& state, const Tile& tile, const BFloat16* keys,
+                  const BFloat16* values) {
+  const ScoreFactors factors(args);
+  for_bands(tile, state.seen, [&](int64_t row, int64_t rows, const Seen*, const BandSeen& band) {
+    multiply_tiles<false>(rows, band_of(state.query, row, state.key_width),
+                          columns_from(band.begin(), keys, args.width), band.end() - band.begin(),
+                          state.key_width / kSteps, state.scores + row * kKeyBlock + band.begin(), kKeyBlock);
+  });
+  for_bands(tile, state.seen, [&](int64_t band_row, int64_t rows, const Seen* seen, const BandSeen& band) {
+    for (int64_t n = 0; n < kStrips && n * kStrip < rows; ++n) {
+      const int64_t row = band_row + n * kStrip, from = row * kKeyBlock;
+      const StripAtWork at = {seen[n], row, state.scores + from, state.weights + from, band.begin(), band.end()};
+      if (args.softcap) cap(at, factors.inner, args.softcap);
+      (sees_all(seen[n]) ? compute_weights<false> : compute_weights<true>)(state, at, splat(factors.exponent));
+    }
+  });
+  for_bands(tile, state.seen, [&](int64_t row, int64_t rows, const Seen*, const BandSeen& band) {
+    multiply_tiles<true>(rows, band_of(state.weights + band.begin(), row, kKeyBlock),
+                         steps_from(band.begin(), values, args.value_width), state.value_width,
+                         (band.end() - band.begin()) / kSteps, state.out + row * state.value_width, state.value_width);
+  });
 }
 
 void forward(const AttentionArgs& args, int64_t task, float* scratch) {
@@ -191,9 +205,7 @@ void forward(const AttentionArgs& args, int64_t task, float* scratch) {
     look(args, tile, block, state.seen);
     const BFloat16* const keys = packed_block(args, args.packed_keys, group, block, args.width);
     const BFloat16* const values = packed_block(args, args.packed_values, group, block, args.value_width);
-    for (int64_t row = 0; row < tile.rows; row += kBand) {
-      attend_band(args, state, row, std::min(kBand, tile.rows - row), keys, values);
-    }
+    attend_block(args, state, tile, keys, values);
   }
   for_rows(args, group, tile, [&](int64_t row, int64_t head, int64_t token) {
     const float sum = static_cast<float>(sum_of(load(state.sums + row * kWidth)));
