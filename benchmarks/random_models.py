@@ -18,6 +18,7 @@ RANDOM_QWEN = "random-qwen2.5-0.5b"
 RANDOM_HYBRID = "random-hybrid-100m"
 RANDOM_WINDOWED = "random-windowed-100m"
 RANDOM_VISION = "random-vision-100m"
+RANDOM_NARROW = "random-narrow"
 
 # What the two models of about 100 million weights have in common: the vocabulary is that of their tokenizer.
 _SMALL: dict[str, Any] = {
@@ -45,6 +46,14 @@ _MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     RANDOM_WINDOWED: (
         "gemma3_text",
         {**_SMALL, "intermediate_size": 2560, "sliding_window": 256, "query_pre_attn_scalar": 64},
+    ),
+    # Qwen2.5-0.5B's 24 layers, so narrow that arithmetic takes next to nothing beside the host's work.
+    RANDOM_NARROW: (
+        "qwen2",
+        {
+            **{**QWEN_05B, "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 128},
+            **{"num_attention_heads": 4, "num_key_value_heads": 2},
+        },
     ),
 }
 RANDOM_MODELS = (*_MODELS, RANDOM_VISION)

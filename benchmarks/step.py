@@ -7,6 +7,8 @@
     python -m benchmarks.step --method dpo --images --prompt_tokens 64 --completion_tokens 64
     python -m benchmarks.step --method sft --packing
     python -m benchmarks.step --method sft --profile
+    OMP_NUM_THREADS=1 python -m benchmarks.step --method dpo --model random-narrow --cpu_time --prompt_tokens 4 \\
+        --completion_tokens 2
     python -m benchmarks.step --method sft --sweep 256 512 1024 2048
 
 SmolLM2-135M-Instruct (or --model) learns from English prose (Python's own documentation). Both trainers get the same
@@ -14,7 +16,8 @@ model, rows, order, dtype and batch, and train in turns in one process; a run's 
 those that TRL counts: no padding, a pair's prompt twice. Peak memory is that of a process of its own for each trainer.
 --packing fills rows of --max_length with several texts each. --profile trains once, ours only, and prints what the
 last step's time goes into. --sweep trains on single rows of growing length, ours only, and shows that cost grows with
-the number of tokens.
+the number of tokens. random-narrow has many layers and next to no arithmetic: with --cpu_time its step is what the
+host of a GPU has to do.
 With grpo, gmpo, rloo and ppo it is the update that is timed: completions are cut from the same prose, 8 for each
 prompt (ppo: one) and all of --completion_tokens, and rewards are random numbers; --batch counts completions. TRL
 1.16.0 has no BCO and no PPO: ours run alone. With --images every prompt has a picture before its text, and the model
@@ -30,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,10 +62,14 @@ NAMES = {OURS: "ours", TRL: "TRL 1.16.0"}
 
 
 class StepClock(TrainerCallback):
-    """Measures seconds from one step's end to the next: collating, forward, backward and the optimizer."""
+    """Measures seconds from one step's end to the next: collating, forward, backward and the optimizer.
 
-    def __init__(self) -> None:
+    now: the clock that is read; that of the process's CPU time counts the work of its threads.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.seconds: list[float] = []
+        self._now = now
         self._last: float | None = None
 
     def on_train_begin(self, *_: object, **__: object) -> None:
@@ -70,7 +78,7 @@ class StepClock(TrainerCallback):
     def on_step_end(self, *_: object, **__: object) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        now = time.perf_counter()
+        now = self._now()
         if self._last is not None:
             self.seconds.append(now - self._last)
         self._last = now
@@ -127,7 +135,7 @@ def make_run(library: str, arguments: argparse.Namespace, folder: str) -> Run:
         from peft import LoraConfig
 
         peft_config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
-    clock = StepClock()
+    clock = StepClock(time.process_time if arguments.cpu_time else time.perf_counter)
     trainer = trainer_class(
         model=model,
         args=config,
@@ -253,6 +261,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no_checkpointing", action="store_true")
     parser.add_argument("--budget", type=int, help="activation_budget_bytes of ours; default: its own")
     parser.add_argument("--packing", action="store_true", help="with sft: rows of --max_length, several texts in each")
+    parser.add_argument("--cpu_time", action="store_true", help="count the process's CPU time, not the clock's")
     parser.add_argument("--profile", action="store_true", help="print what our step's time goes into")
     parser.add_argument("--sweep", type=int, nargs="+", help="lengths in tokens")
     parser.add_argument("--name", help="of the JSON file; default: the method")
