@@ -99,7 +99,9 @@ def assert_as_alone(ranks, alone):
     for ours, theirs in zip(ranks[0]["logs"], alone["logs"], strict=True):
         assert list(ours) == list(theirs)
         for name, value in theirs.items():
-            assert ours[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+            # Of each of 8 tokens a difference of two log-probabilities of about -6, which float32 rounds by 4e-7.
+            rounding = 3e-6 if name == "objective/kl" else 1e-6
+            assert ours[name] == pytest.approx(value, rel=1e-5, abs=rounding), name
         for name in ("loss", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=5e-7, abs=1e-7), name
     assert all(log["grad_norm"] > 1e-3 for log in alone["logs"])
