@@ -239,7 +239,7 @@ def test_what_is_put_upon_a_layer_runs(put, calls):
     assert seen == ["hook", "hook"] and calls == [3, 2]
 
 
-def wide(model):
+def doubled_precision(model):
     # Not float16: its roundings would make one of float32 five hundred times as large.
     model.model.layers[0].self_attn.v_proj.double()
     model.model.layers[0].self_attn.v_proj.register_forward_pre_hook(lambda _, args: args[0].double())
@@ -263,7 +263,7 @@ def in_parts(model):
 
 
 @pytest.mark.parametrize(
-    ("change", "joint"), [(in_parts, [2, 3, 2]), (wide, [2, 3, 2]), (another_class, [2, 2, 3, 2])]
+    ("change", "joint"), [(in_parts, [2, 3, 2]), (doubled_precision, [2, 3, 2]), (another_class, [2, 2, 3, 2])]
 )
 def test_layers_of_another_kind_run_as_before(change, joint, calls):
     results = []
