@@ -163,7 +163,7 @@ def qk_norm_rotary(
                 f"got {weight.dtype} {tuple(weight.shape)}"
             )
     if op := eager_op("qk_norm_rotary", query, backend):
-        way = (eps, NORM_CASTS.index(cast), PAIRS.index(pairs), one_angle_a_pair, upcast)
-        return op(query, key, query_weight, key_weight, cos, sin, *way)
+        numbers = (eps, NORM_CASTS.index(cast), PAIRS.index(pairs), one_angle_a_pair, upcast)
+        return op(query, key, query_weight, key_weight, cos, sin, *numbers)
     way = (float(eps), cast, pairs, one_angle_a_pair, upcast, backend)
     return _qk_norm_rotary(query, key, query_weight, key_weight, cos, sin, *way)[:2]
