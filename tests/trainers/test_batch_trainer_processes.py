@@ -18,7 +18,8 @@ from trl_fast.rollout import EngineWrapper, Rollout
 
 pytestmark = pytest.mark.processes
 
-SETTINGS = {"gradient_accumulation_steps": 1, "optim": "sgd", "learning_rate": 0.1, "max_steps": 3}
+# Small steps: at 0.1 the KL of online DPO is 1.1e-5 from one process, by rounding.
+SETTINGS = {"gradient_accumulation_steps": 1, "optim": "sgd", "learning_rate": 0.05, "max_steps": 3}
 CASES = {
     "online dpo": ("OnlineDPO", {"max_new_tokens": 8, "missing_eos_penalty": 1.0, "beta": 0.3}),
     "online dpo, lora": ("OnlineDPO", {"max_new_tokens": 8, "peft": True}),
@@ -99,9 +100,7 @@ def assert_as_alone(ranks, alone):
     for ours, theirs in zip(ranks[0]["logs"], alone["logs"], strict=True):
         assert list(ours) == list(theirs)
         for name, value in theirs.items():
-            # Of each of 8 tokens a difference of two log-probabilities of about -6, which float32 rounds by 4e-7.
-            rounding = 3e-6 if name == "objective/kl" else 1e-6
-            assert ours[name] == pytest.approx(value, rel=1e-5, abs=rounding), name
+            assert ours[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
         for name in ("loss", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=5e-7, abs=1e-7), name
     assert all(log["grad_norm"] > 1e-3 for log in alone["logs"])
