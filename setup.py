@@ -52,6 +52,8 @@ ISA_SOURCES = (
     "attention_kernels",
     "product_kernels",
 )
+# Sources for all devices.
+COMMON_SOURCES = ("bindings", "layer_autograd", "linear_autograd")
 # The other sources for the CPU, compiled once.
 CPU_SOURCES = (
     "bindings",
@@ -259,7 +261,7 @@ def make_extension(objects: list[str], cuda_home: str | None, cutlass: str | Non
 
     # torch takes the folder of the first nvcc in PATH, which may be a wrapper.
     cpp_extension.CUDA_HOME = cuda_home
-    sources = ["csrc/bindings.cpp", "csrc/layer_autograd.cpp", *(f"csrc/cpu/{name}.cpp" for name in CPU_SOURCES)]
+    sources = [*(f"csrc/{name}.cpp" for name in COMMON_SOURCES), *(f"csrc/cpu/{name}.cpp" for name in CPU_SOURCES)]
     kind = cpp_extension.CUDAExtension if cuda_home else cpp_extension.CppExtension
     cxx_flags = COMMON_FLAGS + parallel_flags(compiler())
     isas = instruction_sets(platform.machine()) + tile_sets(platform.machine())

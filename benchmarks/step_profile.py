@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback
 _KINDS = {
     "attention": r"attention|_TreeAttention",
     "optimizer": r"adam|foreach|linalg_vector_norm|Optimizer",
-    "products": r"::(mm|addmm_?|bmm|baddbmm|_linear_pointwise|((upcast|lora)_)?linear|product)(_backward)?$",
+    "products": r"::(mm|addmm_?|bmm|baddbmm|_linear_pointwise|(lora_)?(linear|product))(_backward)?$",
     "copies, fills, pages": (
         r"::(copy_|fill_|zero_|cat|clone|_to_copy|embedding_dense_backward|index_select|gather|pooled_empty)$"
     ),

@@ -3,9 +3,7 @@
 // trl_fast/ops/layers specifies them and has them in Python too, for what no kernel serves and for compilers. These do
 // the same without Python in between: on a GPU a small model waits for its host. The kernels are those of the tensors'
 // device.
-#include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
-
+#include "autograd_support.h"
 #include "cpu/layer_kernels.h"
 #include "cpu/memory_pool.h"
 #include "layer_arguments.h"
@@ -18,24 +16,8 @@ using torch::autograd::Function;
 using torch::autograd::variable_list;
 using Both = std::tuple<at::Tensor, at::Tensor>;
 
-// As trl_fast/ops/memory_pool.py has it: a smaller tensor would waste too much of a huge page.
-constexpr int64_t kPooledFromBytes = int64_t{8} << 20;
 // As trl_fast/ops/layers/kernels.py has it: workers on a GPU, each of which leaves sums of a weight's gradient.
 constexpr int64_t kFewestWorkers = 256, kNumbersOfWorkers = int64_t{1} << 20;
-
-template <typename Signature>
-c10::TypedOperatorHandle<Signature> kernel(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
-}
-
-at::Tensor room_for(at::IntArrayRef size, const at::Tensor& like) {
-  const int64_t bytes = c10::multiply_integers(size) * like.element_size();
-  if (!like.device().is_cpu() || bytes < kPooledFromBytes) return at::empty(size, like.options());
-  static const auto pooled = kernel<at::Tensor(at::IntArrayRef, at::ScalarType)>("trl_fast::pooled_empty");
-  return pooled.call(size, like.scalar_type());
-}
-
-at::Tensor room_for(const at::Tensor& like) { return room_for(like.sizes(), like); }
 
 OptionalTensor contiguous(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
@@ -46,15 +28,6 @@ at::Tensor room_for_sums(const at::Tensor& x, int64_t width, int64_t rows, int64
   const int64_t workers = std::min(rows, std::max(kFewestWorkers, kNumbersOfWorkers / width));
   return at::empty({x.device().is_cpu() ? blocks : workers, width}, x.options().dtype(at::kFloat));
 }
-
-void check_first_derivative(const char* op) {
-  // Autograd records a backward pass only to differentiate it.
-  TORCH_CHECK(!at::GradMode::is_enabled(), op,
-              " has no second derivative: create_graph=True and torch.func cannot be used through it; compute that "
-              "part with plain PyTorch");
-}
-
-OptionalTensor optional(const at::Tensor& tensor) { return tensor.defined() ? OptionalTensor(tensor) : std::nullopt; }
 
 // ---- norms
 

@@ -59,6 +59,7 @@ _PRODUCT_OPS = ("mm", "addmm", "_grouped_mm")
 _OTHER_PRODUCTS = (
     "trl_fast::linear",
     "trl_fast::lora_linear",
+    "trl_fast::lora_product",
     "bitsandbytes::gemm_4bit",
     "bitsandbytes::int8_scaled_mm",
     "bitsandbytes::int8_mixed_scaled_mm",

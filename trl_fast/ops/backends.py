@@ -243,6 +243,11 @@ def _support(op: str, backend: str, facts: DeviceFacts, dtype: torch.dtype, form
     return load_extension()
 
 
+def forced_backend() -> str | None:
+    """Returns the backend that the environment forces for every op, if it does."""
+    return os.environ.get(ENVIRONMENT_VARIABLE) or None
+
+
 def choose_backend(
     op: str, requested: str | None, facts: DeviceFacts, dtype: torch.dtype, formula: str | None = None
 ) -> str:
@@ -253,7 +258,7 @@ def choose_backend(
         RuntimeError: the forced backend cannot serve this call; the message has its reason.
         ImportError: no backend is forced, and the compiled extension that is installed cannot be used.
     """
-    forced = requested or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    forced = requested or forced_backend()
     if forced is None:
         if facts.serves is None and (unusable := extension_is_unusable()):
             raise ImportError(f"{unusable}; {ENVIRONMENT_VARIABLE}=torch runs in pure PyTorch, which is slower")

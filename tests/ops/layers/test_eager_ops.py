@@ -8,9 +8,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from support.layer_errors import DTYPES, draw
 from support.seen_operators import SeenOperators
+from trl_fast.modeling.selective_checkpointing import Budget, SavingMode
+from trl_fast.ops.device import OWN_PRODUCTS, real_facts
 from trl_fast.ops.layers import (
+    Adapter,
     chunked_gated_activation,
     gated_activation,
+    joint_linear,
+    kernels,
+    lora_linear,
     norm_and_residual,
     qk_norm_rotary,
     residual_rms_norm,
@@ -20,7 +26,7 @@ from trl_fast.ops.layers import (
 
 EPS = 1e-6
 NAMES = ("rms_norm", "residual_rms_norm", "gated_activation", "chunked_gated_activation", "rotary", "qk_norm_rotary")
-PYTHONS = {f"trl_fast::{name}{direction}" for name in NAMES for direction in ("", "_backward")}
+PYTHONS = {f"trl_fast::{name}{direction}" for name in (*NAMES, "lora_linear") for direction in ("", "_backward")}
 ANGLES = draw(2, 7, 16, seed=9, scale=3.0).detach()
 
 
@@ -41,6 +47,10 @@ def of_layers(tensor):
 def columns_first(tensor):
     """Returns the same numbers with the last dimension not in one piece."""
     return tensor.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+def layers_of_one_input(x, first, second, bias, a, b):
+    return joint_linear(x, (first, second, first), (None, bias, None), (Adapter(a, b, 1.5), None, Adapter(a, b, -2.0)))
 
 
 HEADS = [(2, 7, 4, 16), (2, 7, 2, 16)]
@@ -73,6 +83,24 @@ CASES = {
         lambda *given: turned_norms(*map(of_layers, given[:2]), *given[2:], cast="olmo"),
         [*HEADS, (64,), (32,)],
     ),
+    "layers of one input": (lambda x, v, w: joint_linear(x, (v, w), (None, None)), [(2, 7, 20), (24, 20), (9, 20)]),
+    "layers of one input of views": (
+        lambda x, v, b: joint_linear(columns_first(x)[:, ::2], (v, v[::2]), (b, b[::2])),
+        [(2, 70, 20), (24, 20), (24,)],
+    ),
+    "layers of one input, with adapters": (
+        layers_of_one_input,
+        [(2, 7, 20), (24, 20), (9, 20), (9,), (3, 20), (24, 3)],
+    ),
+    "a layer with an adapter": (
+        lambda x, w, bias, a, b: lora_linear(x, w, bias, a, b, 1.5),
+        [(2, 7, 20), (24, 20), (24,), (3, 20), (24, 3)],
+    ),
+    "a layer of large results with an adapter": (
+        lambda x, w, a, b: lora_linear(x, w, None, a, b, 1.5),
+        [(1100, 32), (2048, 32), (3, 32), (2048, 3)],
+    ),
+    "layers of no rows": (lambda x, v, w: joint_linear(x, (v, w), (None, None)), [(0, 20), (24, 20), (9, 20)]),
 }
 
 
@@ -86,6 +114,21 @@ def results(run, given, frozen=()):
     return [*outs, *(leaf.grad for leaf in leaves)]
 
 
+@pytest.fixture(autouse=True)
+def atens_products(monkeypatch):
+    """Products of linear layers are ATen's, whatever the CPU."""
+    monkeypatch.setenv(OWN_PRODUCTS, "0")
+    forget_device()
+    yield
+    monkeypatch.undo()
+    forget_device()
+
+
+def forget_device():
+    for settled in (real_facts, kernels._eager_op, kernels._eager_linear):
+        settled.cache_clear()
+
+
 @pytest.fixture
 def in_python(monkeypatch):
     """Returns a function that runs another one by Python's ops."""
@@ -93,8 +136,9 @@ def in_python(monkeypatch):
     def run(function, *given):
         with monkeypatch.context() as patch:
             for name, module in [*sys.modules.items()]:
-                if name.startswith("trl_fast.ops.layers.") and hasattr(module, "eager_op"):
-                    patch.setattr(module, "eager_op", lambda *_: None)
+                for choice in ("eager_op", "eager_linear"):
+                    if name.startswith("trl_fast.ops.layers.") and hasattr(module, choice):
+                        patch.setattr(module, choice, lambda *_: None)
             return function(*given)
 
     return run
@@ -116,8 +160,9 @@ def test_bits_are_those_of_pythons_ops(case, dtype, in_python):
             if ours is not None:
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
                 assert ours.stride() == theirs.stride()
-        # Python's ops are seen as wholes, these as the kernels that they call.
-        assert seen.names and not [name for name in seen.names if name in PYTHONS]
+        # Python's ops are seen as wholes, these as the kernels that they call. CPUs have no products of float16.
+        expected_pythons = dtype == torch.float16 and "adapter" in case
+        assert seen.names and bool([name for name in seen.names if name in PYTHONS]) is expected_pythons
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "views" not in case])
@@ -159,6 +204,26 @@ def test_a_forced_backend_is_taken():
     assert "trl_fast::rms_norm" in seen.names
     with pytest.raises(RuntimeError, match="'cuda' was forced for rms_norm"):
         rms_norm(torch.ones(3, 8), torch.ones(8), EPS, backend="cuda")
+
+
+def test_products_of_another_dtype_are_pythons():
+    """A CPU multiplies float16 in float32, of which ATen knows nothing."""
+    x, weight = torch.ones(3, 8, dtype=torch.float16), torch.ones(4, 8, dtype=torch.float16)
+    assert kernels.eager_linear("joint_linear", x) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (kernels.eager_linear("joint_linear", x) is None) is (
+            torch.bfloat16 in real_facts(x.device).product_dtypes
+        )
+    assert torch.equal(joint_linear(x, [weight], [None])[0], torch.full((3, 4), 8.0, dtype=torch.float16))
+
+
+def test_checkpointing_keeps_the_result_of_a_layer_with_an_adapter():
+    given = [draw(*shape, seed=i) for i, shape in enumerate([(2, 7, 20), (24, 20), (3, 20), (24, 3)])]
+    with SavingMode(Budget(1 << 20, 1)) as mode:
+        lora_linear(given[0], given[1], None, *given[2:], 1.5).sum()
+        lora_linear(given[0], given[1], None, *given[2:], 1.5)
+    assert mode.results[0].op is torch.ops.trl_fast.lora_product.default
+    assert [tensor.shape for tensor in mode.results[0].tensors] == [(2, 7, 24), (14, 3)]
 
 
 def test_errors_are_those_of_the_ops():

@@ -20,6 +20,7 @@ from ..device import device_facts
 from ..linear import MIN_ROWS, linear
 from ..matmul import add_mm, as_autocast, new_product
 from ..named_gradients import AutogradContext, first_derivative
+from .kernels import eager_linear
 
 
 class Adapter(NamedTuple):
@@ -151,6 +152,16 @@ def joint_linear(
         ValueError: a shape or dtype is not as above.
     """
     adapters = [None] * len(weights) if adapters is None else adapters
+    if x.dim() < 1 or x.shape[-1] < 1 or not 0 < len(weights) == len(biases) == len(adapters):
+        raise ValueError(
+            f"x: expected (..., H), and as many biases and adapters as weights, got {tuple(x.shape)}, "
+            f"{len(biases)} and {len(adapters)} for {len(weights)}"
+        )
+    lora_as = [None if adapter is None else adapter.lora_a for adapter in adapters]
+    lora_bs = [None if adapter is None else adapter.lora_b for adapter in adapters]
+    scalings = [1.0 if adapter is None else float(adapter.scaling) for adapter in adapters]
+    if (eager := eager_linear("joint_linear", x)) is not None:
+        return tuple(eager(x, weights, biases, lora_as, lora_bs, scalings))
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
@@ -160,21 +171,9 @@ def joint_linear(
                 [None if bias is None else as_autocast(bias, dtype) for bias in biases],
                 [None if adapter is None else adapter.as_autocast(dtype) for adapter in adapters],
             )
-    if x.dim() < 1 or x.shape[-1] < 1 or not 0 < len(weights) == len(biases) == len(adapters):
-        raise ValueError(
-            f"x: expected (..., H), and as many biases and adapters as weights, got {tuple(x.shape)}, "
-            f"{len(biases)} and {len(adapters)} for {len(weights)}"
-        )
     for weight, bias, adapter in zip(weights, biases, adapters, strict=True):
         _check_layer(x, weight, bias, adapter)
-    return _JointLinear.apply(
-        x,
-        tuple(1.0 if adapter is None else float(adapter.scaling) for adapter in adapters),
-        *weights,
-        *biases,
-        *(None if adapter is None else adapter.lora_a for adapter in adapters),
-        *(None if adapter is None else adapter.lora_b for adapter in adapters),
-    )
+    return _JointLinear.apply(x, tuple(scalings), *weights, *biases, *lora_as, *lora_bs)
 
 
 def _check_layer(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapter: Adapter | None) -> None:

@@ -17,6 +17,7 @@ import torch
 from ..matmul import add_mm, as_autocast, new_product
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext, gradients_of
+from .kernels import eager_linear
 
 _NAME = "trl_fast::lora_linear"
 
@@ -144,14 +145,17 @@ def lora_linear(
     Raises:
         ValueError: a shape or dtype is not as above.
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if x.dim() < 1 or not x.is_floating_point() or x.shape[-1] < 1:
+        raise ValueError(f"x: expected floats of shape (..., I), got {x.dtype} {tuple(x.shape)}")
+    autocasts = torch.is_autocast_enabled(x.device.type)
+    if (autocasts or x.dtype == lora_a.dtype) and (eager := eager_linear("lora_linear", x)) is not None:
+        return eager(x, weight, bias, lora_a, lora_b, scaling)
+    if autocasts:
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight, lora_a, lora_b = (as_autocast(tensor, dtype) for tensor in (x, weight, lora_a, lora_b))
         bias = None if bias is None else as_autocast(bias, dtype)
         with torch.autocast(x.device.type, enabled=False):
             return lora_linear(x, weight, bias, lora_a, lora_b, scaling)
-    if x.dim() < 1 or not x.is_floating_point() or x.shape[-1] < 1:
-        raise ValueError(f"x: expected floats of shape (..., I), got {x.dtype} {tuple(x.shape)}")
     inputs, outputs, rank = x.shape[-1], weight.shape[0], lora_a.shape[0]
     for name, tensor, shape, allowed in (
         ("weight", weight, (outputs, inputs), (x.dtype,)),
