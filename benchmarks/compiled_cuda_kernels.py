@@ -48,6 +48,9 @@ _DIVERGENCES = ("forward KL", "reverse KL", "jsd", "skewed forward KL", "skewed 
 # whether rows lie in packs.
 _LAYER = re.compile(rf"(?:rms_norm|gate|rotary)\w*?_kernelI({_TYPE})(?:Li(\d+)ELi(\d+)E)?Lb([01])E")
 _LAYERS = ("rms_norm", "gate", "rotary", "norm_rotary")
+# Of merged attention the type, and whether rows lie in packs. Place and both log-sum-exps of its two tokens.
+_MERGE = re.compile(rf"attention_merge_kernelI({_TYPE})Lb([01])E")
+MERGE_SCALAR_LOADS = 6
 _PACKED_GRAD = re.compile(rf"row_grad_packed_kernelI({_TYPE})E")
 # Without any flag (bias, softcap, outputs), and with all of them.
 _ENDS = {("0", "0", None), ("1", "1", None), ("0", "0", "0"), ("1", "1", "15")}
@@ -81,6 +84,9 @@ def _label(mangled: str, name: str) -> tuple[str, bool]:
         dtype, threads, packs, whole = layer.groups()
         shared = f", {threads} threads of {packs} packs" if threads else ""
         return f"{name} {_DTYPES[dtype]}{shared}{', number by number' * (whole == '0')}", whole == "1"
+    if merge := re.search(_MERGE, mangled):
+        dtype, whole = merge.groups()
+        return f"{name} {_DTYPES[dtype]}{', number by number' * (whole == '0')}", whole == "1"
     if packed := re.search(_PACKED_GRAD, mangled):
         return f"{name} to {_DTYPES[packed.group(1)]}", True
     if packed := re.search(_PACKED_SCORES, mangled):
@@ -100,11 +106,14 @@ def _label(mangled: str, name: str) -> tuple[str, bool]:
 def _least_bytes(label: str, code: MachineCode) -> int:
     """Returns the least bytes that a thread moves: logits read and gradients written; for tokens, as in _TOKENS.
 
-    0 for row_divergence: a loop of it writes gradients of three dtypes, of which one is asked for. And for what moves
-    no logits of its own, or these as one of several things, and for layers, whose code has several ways.
+    Of merged attention, two outputs read and one written, with its log-sum-exp, of two tokens. 0 for row_divergence: a
+    loop of it writes gradients of three dtypes, of which one is asked for. And for what moves no logits of its own, or
+    these as one of several things, and for layers, whose code has several ways.
     """
     if label.startswith(("row_divergence", "fused_scores", "merge_parts", *_LAYERS)):
         return 0
+    if label.startswith("attention_merge"):
+        return 2 * (3 * 16 + 4)
     if label in _TOKENS:
         once, each = _TOKENS[label]
         return each * sum(re.match(once, opcode) is not None for opcode in code.busiest_loop())
@@ -151,6 +160,7 @@ def _cuda_kernel(mangled: str, function: MachineCode, target: int) -> CudaKernel
     label, shown = _label(mangled, name)
     packed_grad = label.startswith("row_grad_packed")
     scalar_loads = PACKED_GRAD_SCALAR_LOADS if packed_grad else GRAD_SCALAR_LOADS
+    scalar_loads = MERGE_SCALAR_LOADS if name == "attention_merge" else scalar_loads
     scalar_loads = None if label in _TOKENS or name in ("fused_scores", "merge_parts") else scalar_loads
     num_warps = CUTLASS_WARPS if name == "fused_scores" else NUM_WARPS
     found = resources_of(function, function.shared_bytes, num_warps, target, scalar_loads)

@@ -96,6 +96,7 @@ TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
       "Tensor teacher, Tensor? teacher_bias, float teacher_scale, float teacher_softcap, float inv_temperature, "
       "float teacher_part, float student_part, float mixture, bool is_tvd, Tensor weights, Tensor(a!) results, "
       "Tensor(b!)? gradient) -> ()");
+  m.def("merge_attention(Tensor out, Tensor lse, Tensor other, Tensor other_lse, Tensor place) -> (Tensor, Tensor)");
 }
 
 }  // namespace trl_fast

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.kernel_report import MERGE_KERNELS, compile_kernel, resources
-from support.merging import Parts, assert_merged
+from support.merging import Parts, assert_merged, assert_nan_stays
 from support.triton_interpreter import interpreted_kernels
 from trl_fast.kernels import attention_merge
 from trl_fast.ops.attention_merge import merge_attention
@@ -12,11 +12,11 @@ from trl_fast.ops.attention_merge import merge_attention
 pytestmark = pytest.mark.gpu_code
 
 
-def run(parts):
-    merged = torch.full(parts.out.shape, float("nan"), dtype=parts.out.dtype)
-    lse = torch.full(parts.lse.shape, float("nan"))
+def merge(*given):
+    merged = torch.full(given[0].shape, float("nan"), dtype=given[0].dtype)
+    lse = torch.full(given[1].shape, float("nan"))
     with interpreted_kernels():
-        attention_merge.merge(*parts.given(), merged, lse)
+        attention_merge.merge(*given, merged, lse)
     return merged, lse
 
 
@@ -24,15 +24,15 @@ def run(parts):
 @pytest.mark.parametrize("tokens, heads, width", [(1, 1, 64), (33, 3, 128), (9, 2, 96), (17, 1, 256)])
 def test_merged_as_in_float64(tokens, heads, width, dtype):
     parts = Parts(tokens, heads, width, dtype)
-    assert_merged(parts, *run(parts))
+    assert_merged(parts, *merge(*parts.given()))
 
 
 def test_no_token_and_no_second_part():
     parts = Parts(7, 2, 64, torch.bfloat16)
     parts.place, parts.other, parts.other_lse = torch.full_like(parts.place, -1), parts.other[:0], torch.empty(2, 0)
     parts.out[1] = 0.0
-    assert_merged(parts, *run(parts))
-    run(Parts(0, 2, 64, torch.bfloat16))
+    assert_merged(parts, *merge(*parts.given()))
+    merge(*Parts(0, 2, 64, torch.bfloat16).given())
 
 
 def test_offsets_beyond_32_bits():
@@ -40,7 +40,11 @@ def test_offsets_beyond_32_bits():
     parts = Parts(3, 1, 64, torch.bfloat16)
     far = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((3, 1, 64), (2**30, 64, 1))
     parts.out = far.copy_(parts.out)
-    assert_merged(parts, *run(parts))
+    assert_merged(parts, *merge(*parts.given()))
+
+
+def test_a_nan_stays_in_its_token():
+    assert_nan_stays(merge)
 
 
 def test_the_op_takes_the_kernel_where_it_serves(monkeypatch):

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from support.merging import Parts, assert_merged
-from trl_fast.ops.attention_merge import merge_attention, merge_into
-from trl_fast.ops.backends import supports
+from support.merging import Parts, assert_merged, assert_nan_stays
+from trl_fast.ops.attention_merge import _merge_reference, merge_attention, merge_into
+from trl_fast.ops.backends import load_extension, supports
+from trl_fast.ops.device import DeviceFacts, simulated_device
 
+needs_extension = pytest.mark.skipif(not load_extension().ok, reason="the compiled extension is not there")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -47,14 +49,54 @@ def test_merged_in_place_in_groups_of_heads(dtype):
     assert torch.equal(out[:, :, :2], before[:, :, :2]) and torch.equal(out[:, :, 7:], before[:, :, 7:])
 
 
+def test_a_nan_of_a_part_is_not_dropped_in_place():
+    out, other, lse, other_lse = torch.zeros(2, 4), torch.ones(2, 4), torch.zeros(2), torch.zeros(2)
+    other_lse[1] = float("nan")
+    merge_into(out, lse, other, other_lse)
+    assert out[0].eq(0.5).all() and out[1].isnan().all() and lse.isnan().tolist() == [False, True]
+
+
 def test_opcheck():
     torch.library.opcheck(torch.ops.trl_fast.attention_merge, Parts(7, 2, 16, torch.float32).given())
 
 
-def test_there_is_a_triton_kernel_only():
-    for backend in ("cuda", "cpp"):
-        found = supports("attention_merge", backend, "cpu", torch.bfloat16)
-        assert found == (False, f"there is no {backend} kernel of it, only in triton")
+def test_a_nan_stays_in_its_token():
+    assert_nan_stays(merge_attention)
+
+
+def test_kernels_are_those_of_gpus(monkeypatch):
+    given = Parts(7, 2, 16, torch.float32).given()
+    no_kernel = "there is no cpp kernel of it, only in cuda and triton"
+    assert supports("attention_merge", "cpp", "cpu", torch.bfloat16) == (False, no_kernel)
+    with pytest.raises(RuntimeError, match="backend='cuda' was forced .* the CUDA kernels run on a GPU, not on cpu"):
+        merge_attention(*given, backend="cuda")
+    monkeypatch.setenv("TRL_FAST_BACKEND", "cpp")
+    with pytest.raises(RuntimeError, match=f"TRL_FAST_BACKEND='cpp' was forced for attention_merge.*{no_kernel}"):
+        merge_attention(*given)
+
+
+@needs_extension
+def test_the_compiled_op_serves_where_it_can(monkeypatch):
+    """A stand-in for the CUDA kernel, on a device that a CPU's tensors are taken to be on."""
+    given, calls = Parts(7, 2, 16, torch.bfloat16).given(), []
+
+    def stand_in(*tensors):
+        calls.append(tensors)
+        return _merge_reference(*tensors)
+
+    with torch.library._scoped_library("trl_fast", "IMPL") as library:
+        library.impl("merge_attention", stand_in, "CPU")
+        torch.library.opcheck(torch.ops.trl_fast.merge_attention, given, test_utils=("test_schema", "test_faketensor"))
+        calls.clear()
+        gpu = DeviceFacts("cuda", True, serves=lambda op, backend: backend in ("cuda", "triton"))
+        with simulated_device(gpu):
+            merged = merge_attention(*given)
+            assert len(calls) == 1
+            monkeypatch.setenv("TRL_FAST_BACKEND", "torch")
+            in_torch = merge_attention(*given)
+    assert len(calls) == 1
+    for one, two in zip(merged, in_torch, strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(

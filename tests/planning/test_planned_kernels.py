@@ -149,7 +149,7 @@ def test_what_a_gpus_kernels_are_is_told_by_the_table_of_backends():
             for backend in ("cuda", "triton", "cpp")
         }
         assert not supports("rms_norm", "triton", CPU, torch.float64).ok
-        assert not supports("attention_merge", "cuda", CPU, torch.bfloat16).ok
+        assert not supports("gradient_scale", "cuda", CPU, torch.bfloat16).ok
         tiles = [fused_tiles("cuda", size, dtype, CPU, capped=capped) for size, dtype, capped in FUSED]
     assert served["rms_norm", "cuda"] == load_extension().ok and served["rms_norm", "triton"]
     assert served["embedding", "triton"] and not served["embedding", "cuda"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 INF = float("inf")
@@ -65,3 +67,16 @@ def assert_merged(parts: Parts, merged: torch.Tensor, lse: torch.Tensor) -> None
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-6)
     alone = parts.place < 0
     assert torch.equal(merged[alone], parts.out[alone]) and torch.equal(lse[:, alone], parts.lse[:, alone])
+
+
+def assert_nan_stays(merge: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """A log-sum-exp that is NaN, of either part, makes its token NaN in its head, and no other."""
+    parts = Parts(9, 2, 16, torch.float32)
+    exact, exact_lse = parts.exact()
+    parts.lse[1, 2] = parts.other_lse[0, parts.place[4]] = float("nan")
+    merged, lse = merge(*parts.given())
+    for head, token in ((1, 2), (0, 4)):
+        assert merged[token, head].isnan().all() and lse[head, token].isnan()
+        merged[token, head], lse[head, token] = exact[token, head].float(), exact_lse[head, token].float()
+    torch.testing.assert_close(merged.double(), exact, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-6, atol=1e-6)

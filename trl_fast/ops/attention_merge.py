@@ -7,16 +7,16 @@ A set without keys has l = -∞ and no share; its output, whatever that is, is n
 
 from __future__ import annotations
 
-import os
-
 import torch
 
-from .backends import ENVIRONMENT_VARIABLE, supports
+from .backends import choose_backend
+from .device import device_facts
 
 
 def _share_and_sum(lse: torch.Tensor, other_lse: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the other's share of the softmax, 0 if neither has a key, and both's log-sum-exp; of any one shape."""
-    return torch.sigmoid(other_lse - lse).nan_to_num_(0.0), torch.logaddexp(lse, other_lse)
+    total = torch.logaddexp(lse, other_lse)
+    return torch.sigmoid(other_lse - lse).masked_fill_(total == float("-inf"), 0.0), total
 
 
 def merge_into(out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor) -> None:
@@ -42,13 +42,9 @@ def _merge_reference(
     return torch.where(share == 0, first, merged).to(out.dtype).contiguous(), total
 
 
-@torch.library.custom_op("trl_fast::attention_merge", mutates_args=())
-def _attention_merge(
+def _merge_in_triton(
     out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor, place: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    in_torch = os.environ.get(ENVIRONMENT_VARIABLE) == "torch"
-    if in_torch or not supports("attention_merge", "triton", out.device, out.dtype).ok:
-        return _merge_reference(out, lse, other, other_lse, place)
     from trl_fast.kernels.attention_merge import merge
 
     merged, merged_lse = out.new_empty(out.shape), lse.new_empty(lse.shape)
@@ -56,10 +52,30 @@ def _attention_merge(
     return merged, merged_lse
 
 
-@_attention_merge.register_fake
-def _(
+def _merge_in_cuda(
     out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor, place: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.trl_fast.merge_attention(out, lse, other, other_lse, place)
+
+
+_MERGE = {"cuda": _merge_in_cuda, "triton": _merge_in_triton, "torch": _merge_reference}
+
+
+@torch.library.custom_op("trl_fast::attention_merge", mutates_args=())
+def _attention_merge(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    other: torch.Tensor,
+    other_lse: torch.Tensor,
+    place: torch.Tensor,
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    chosen = choose_backend("attention_merge", backend, device_facts(out.device), out.dtype)
+    return _MERGE[chosen](out, lse, other, other_lse, place)
+
+
+@_attention_merge.register_fake
+def _(out: torch.Tensor, lse: torch.Tensor, *_: object) -> tuple[torch.Tensor, torch.Tensor]:
     return out.new_empty(out.shape), lse.new_empty(lse.shape)
 
 
@@ -85,24 +101,32 @@ def _check_inputs(
 
 
 def merge_attention(
-    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor, place: torch.Tensor
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    other: torch.Tensor,
+    other_lse: torch.Tensor,
+    place: torch.Tensor,
+    *,
+    backend: str | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Computes attention over two sets of keys, of which the second is there for some tokens only.
 
-    Nothing is changed in place: gradient checkpointing keeps what a flash kernel gave. On a GPU one Triton kernel
-    reads both outputs once and writes the merged one, tokens without a second set included.
+    Nothing is changed in place: gradient checkpointing keeps what a flash kernel gave. On a GPU one kernel, in CUDA or
+    Triton, reads both outputs once and writes the merged one, tokens without a second set included.
 
     Args:
         out: (T, heads, D), any float dtype; lse: (heads, T) float32, -∞ where a token has no key.
         other: (M, heads, D), dtype of out; other_lse: (heads, M) float32.
         place: (T,) int32, the row of `other` that belongs to each token; -1: none, and its output stays as it is. Its
             range is not checked. All may be strided, but for their last dimension.
+        backend: "cuda", "triton", "torch" or None for the first that can serve; see `trl_fast.ops.backends`.
 
     Returns:
         The merged output (T, heads, D) and log-sum-exp (heads, T), new and contiguous; without a gradient formula.
 
     Raises:
         ValueError: a shape, dtype, device or stride is not as above.
+        RuntimeError: the forced backend cannot serve; the message says why.
     """
     _check_inputs(out, lse, other, other_lse, place)
-    return _attention_merge(out, lse, other, other_lse, place)
+    return _attention_merge(out, lse, other, other_lse, place, backend)

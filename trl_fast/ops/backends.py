@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("cuda", "triton", "cpp", "torch")
 # Ops on vectors of one number a token.
 VECTOR_OPS = ("pair_loss", "policy_loss")
-# Ops that have a Triton kernel and PyTorch alone.
-TRITON_OPS = ("attention_merge", "gradient_scale")
+# Ops that have kernels for GPUs and PyTorch alone.
+GPU_OPS = ("attention_merge", "gradient_scale")
 HEAD_OPS = ("linear_logprob", "linear_cross_entropy", "linear_token_loss", "selective_log_softmax")
 # The second is made of the head's row kernels.
 DIVERGENCE_OPS = ("linear_divergence", "linear_divergence_to_given")
@@ -37,11 +37,12 @@ LAYER_OPS = ("rms_norm", "residual_rms_norm", "gated_activation", "rotary", "qk_
 ATTENTION_OPS = ("row_attention",)
 # Ops that not all backends have a kernel of, and those that have one.
 _ONLY_KERNELS = {
-    **dict.fromkeys(TRITON_OPS, ("triton",)),
+    "attention_merge": ("cuda", "triton"),
+    "gradient_scale": ("triton",),
     **dict.fromkeys(ATTENTION_OPS, ("cpp",)),
     "embedding": ("triton", "cpp"),
 }
-OPS = (*HEAD_OPS, *DIVERGENCE_OPS, *VECTOR_OPS, *TRITON_OPS, *LAYER_OPS, *ATTENTION_OPS)
+OPS = (*HEAD_OPS, *DIVERGENCE_OPS, *VECTOR_OPS, *GPU_OPS, *LAYER_OPS, *ATTENTION_OPS)
 ENVIRONMENT_VARIABLE = "TRL_FAST_BACKEND"
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -110,6 +111,10 @@ def _register_fakes() -> None:
     layers += ("rotary", "norm_rotary", "norm_rotary_backward")
     for name in ("product", "add_widened", *(f"row_{name}" for name in rows), *(f"layer_{name}" for name in layers)):
         torch.library.register_fake(f"trl_fast::{name}", writes_to_arguments)
+
+    @torch.library.register_fake("trl_fast::merge_attention")
+    def _(out: torch.Tensor, lse: torch.Tensor, *_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return out.new_empty(out.shape), lse.new_empty(lse.shape)
 
     @torch.library.register_fake("trl_fast::pooled_empty")
     def _(size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
