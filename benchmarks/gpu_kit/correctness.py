@@ -1,7 +1,7 @@
 """Checks every op on every backend that serves here against float64: values and gradients, smallest shapes first.
 
-Then rows without padding, tiled MLPs and offloaded activations against the padded layout, attention's parts against
-float64, and one head whose logits are more than 2³¹.
+Then rows without padding, tiled MLPs and offloaded activations against the padded layout, attention, merged and in
+parts, against float64, and one head whose logits are more than 2³¹.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.ops import BACKENDS, linear_logprob, linear_token_loss, supports
+from trl_fast.ops.attention_merge import merge_attention
 from trl_fast.ops.head.cutlass_scores import CutlassTiles
 from trl_fast.ops.head.fused_kernel import (
     FUSED_KERNELS,
@@ -73,6 +74,7 @@ def run(kit: Kit) -> None:
         "heads": functools.partial(check_heads, kit.device, **sizes),
         "layers": functools.partial(check_layers, kit.device, scale=1 if kit.tiny else 8),
         "losses": functools.partial(check_losses, kit.device, longest=40 if kit.tiny else 3000),
+        "merged attention": functools.partial(check_merged_attention, kit.device, scale=1 if kit.tiny else 64),
         "attention": functools.partial(check_attention, kit.device, scale=1 if kit.tiny else 8),
         "layouts": functools.partial(check_layouts, kit.device),
         "fused scores": functools.partial(check_fused_scores, kit.device),
@@ -180,6 +182,44 @@ def check_losses(device: torch.device, longest: int = 3000) -> Iterator[Checked]
         for backend in backends_for(case.op, device, torch.float32):
             run = functools.partial(case.run, backend, torch.float32)
             yield compare(f"{case.what}, {backend}", run, case.exact, LOSS_TOLERANCE)
+
+
+def check_merged_attention(device: torch.device, scale: int = 64) -> Iterator[Checked]:
+    """Checks attention over two sets of keys on every backend and in every dtype, rows of packs and others.
+
+    Every third token has no second set; a log-sum-exp of -∞ in either set leaves the other's output.
+    """
+    tokens = 16 * scale + 3
+    for dtype, (width, heads) in itertools.product(DTYPES, ((64, 4), (96, 2), (13, 3), (128, 1), (256, 2))):
+        generator = torch.Generator().manual_seed(0)
+        place = torch.full((tokens,), -1, dtype=torch.int32)
+        chosen = torch.arange(tokens)[torch.arange(tokens) % 3 > 0]
+        place[chosen] = torch.randperm(len(chosen), generator=generator).int()
+        outs = [torch.randn(heads, n, width, generator=generator).to(dtype) for n in (tokens, len(chosen))]
+        lses = [3 * torch.randn(heads, n, generator=generator) for n in (tokens, len(chosen))]
+        lses[0][0, chosen[:7]] = lses[1][0, place[chosen[7:]].long()[:7]] = float("-inf")
+        # Heads first, as some kernels give them.
+        given = [outs[0].transpose(0, 1), lses[0], outs[1].transpose(0, 1), lses[1], place]
+        given = [tensor.to(device) for tensor in given]
+        exact = functools.partial(_merged_exactly, *given)
+        for backend in backends_for("attention_merge", device, dtype):
+            run = functools.partial(_merged, backend, *given)
+            what = f"merged attention, {backend}, {dtype}, {heads} heads of {width}".replace("torch.", "")
+            yield compare(what, run, exact, TOLERANCE[dtype])
+
+
+def _merged(backend: str, *given: torch.Tensor) -> Tensors:
+    return dict(zip(("out", "lse"), merge_attention(*given, backend=backend), strict=True))
+
+
+def _merged_exactly(
+    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor, place: torch.Tensor
+) -> Tensors:
+    index = place.clamp(min=0).long()
+    second = other_lse[:, index].masked_fill(place < 0, float("-inf"))
+    both = torch.stack((lse, second)).double()
+    shares = both.softmax(0).transpose(1, 2)[..., None]
+    return {"out": shares[0] * out.double() + shares[1] * other[index].double(), "lse": both.logsumexp(0)}
 
 
 def check_attention(device: torch.device, scale: int = 8) -> Iterator[Checked]:

@@ -165,6 +165,15 @@ def test_checks_fail_where_it_is_not(op, check, wrong_for, monkeypatch):
     assert wrong and all(what.startswith(op) for what in wrong)
 
 
+def test_wrongly_merged_attention_is_found(monkeypatch):
+    right = correctness.merge_attention
+    with interpreted_kernels():
+        found = list(correctness.check_merged_attention(CPU, scale=1))
+    assert len(found) == 2 * 15 and all(entry.ok for entry in found), found
+    monkeypatch.setattr(correctness, "merge_attention", lambda *given, **way: [1.1 * x for x in right(*given, **way)])
+    assert not any(entry.ok for entry in correctness.check_merged_attention(CPU, scale=1))
+
+
 def test_wrong_attention_is_found(monkeypatch):
     right = correctness.attend
     assert all(entry.ok for entry in correctness.check_attention(CPU, scale=1))
