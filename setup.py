@@ -53,7 +53,7 @@ ISA_SOURCES = (
     "product_kernels",
 )
 # Sources for all devices.
-COMMON_SOURCES = ("bindings", "layer_autograd", "linear_autograd")
+COMMON_SOURCES = ("bindings", "layer_autograd", "linear_autograd", "varlen_attention")
 # The other sources for the CPU, compiled once.
 CPU_SOURCES = (
     "bindings",

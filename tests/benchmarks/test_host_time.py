@@ -1,15 +1,34 @@
 """Host time of layers: every contender runs what its name says, forward and backward."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from transformers.models.qwen2 import modeling_qwen2
 
-from benchmarks.host_time import CONTENDERS, layers, main, measure, ops_in_python
+from benchmarks import host_time
+from benchmarks.host_time import (
+    CONTENDERS,
+    decoder_layer,
+    kernels_of_a_gpu,
+    layers,
+    linear_layers,
+    main,
+    measure,
+    ops_in_python,
+)
 from support.seen_operators import SeenOperators
 from trl_fast.ops.layers import rms_norm
 
 
-@pytest.mark.parametrize("layer", [*layers()], ids=lambda layer: layer.name)
-def test_contenders_compute_the_same(layer):
+@pytest.fixture
+def function_of_the_family():
+    before = modeling_qwen2.apply_rotary_pos_emb
+    yield
+    modeling_qwen2.apply_rotary_pos_emb = before
+
+
+def check_contenders(layer):
     given = [torch.randn(shape, requires_grad=True) for shape in layer.shapes]
 
     def results(run):
@@ -19,6 +38,16 @@ def test_contenders_compute_the_same(layer):
 
     torch.testing.assert_close(results(layer.fused), results(layer.plain))
     assert measure(layer, calls=1, rounds=1).keys() == CONTENDERS.keys()
+
+
+@pytest.mark.parametrize("layer", [*layers(), *linear_layers()], ids=lambda layer: layer.name)
+def test_contenders_compute_the_same(layer):
+    check_contenders(layer)
+
+
+def test_decoder_layers_compute_the_same(function_of_the_family):
+    """On one sequence, whose attention PyTorch's code computes, too."""
+    check_contenders(decoder_layer(((8,),), range(8)))
 
 
 def test_ops_run_in_python_when_asked():
@@ -34,7 +63,22 @@ def test_ops_run_in_python_when_asked():
     assert names == [False, False]
 
 
-def test_the_table_is_printed(capsys):
+@pytest.mark.slow  # compiles the stand-ins
+def test_a_decoder_layer_makes_the_calls_of_a_gpu(function_of_the_family):
+    layer = decoder_layer()
+    with kernels_of_a_gpu(), SeenOperators() as seen:
+        out = layer.fused(torch.ones(layer.shapes[0], requires_grad=True))
+        out.backward(torch.ones_like(out))
+    names = [name for name in seen.names if "flash" in name or "merge" in name]
+    assert (
+        names
+        == [*["aten::_flash_attention_forward"] * 2, "trl_fast::merge_attention"]
+        + ["aten::_flash_attention_backward"] * 2
+    )
+
+
+def test_the_table_is_printed(capsys, monkeypatch, function_of_the_family):
+    monkeypatch.setattr(host_time, "kernels_of_a_gpu", nullcontext)
     main(["--calls", "1", "--rounds", "1"])
     printed = capsys.readouterr().out
     assert "host time of a call" in printed and "norm" in printed

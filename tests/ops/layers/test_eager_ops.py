@@ -9,13 +9,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from support.layer_errors import DTYPES, draw
 from support.seen_operators import SeenOperators
 from trl_fast.modeling.selective_checkpointing import Budget, SavingMode
+from trl_fast.ops import eager_ops
 from trl_fast.ops.device import OWN_PRODUCTS, real_facts
 from trl_fast.ops.layers import (
     Adapter,
     chunked_gated_activation,
     gated_activation,
     joint_linear,
-    kernels,
     lora_linear,
     norm_and_residual,
     qk_norm_rotary,
@@ -125,7 +125,7 @@ def atens_products(monkeypatch):
 
 
 def forget_device():
-    for settled in (real_facts, kernels._eager_op, kernels._eager_linear):
+    for settled in (real_facts, eager_ops._eager_op, eager_ops._eager_linear):
         settled.cache_clear()
 
 
@@ -209,9 +209,9 @@ def test_a_forced_backend_is_taken():
 def test_products_of_another_dtype_are_pythons():
     """A CPU multiplies float16 in float32, of which ATen knows nothing."""
     x, weight = torch.ones(3, 8, dtype=torch.float16), torch.ones(4, 8, dtype=torch.float16)
-    assert kernels.eager_linear("joint_linear", x) is None
+    assert eager_ops.eager_linear("joint_linear", x) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert (kernels.eager_linear("joint_linear", x) is None) is (
+        assert (eager_ops.eager_linear("joint_linear", x) is None) is (
             torch.bfloat16 in real_facts(x.device).product_dtypes
         )
     assert torch.equal(joint_linear(x, [weight], [None])[0], torch.full((3, 4), 8.0, dtype=torch.float16))

@@ -54,6 +54,16 @@ class RowKernels(ABC):
         and why not.
         """
 
+    @staticmethod
+    def eager_attention(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec
+    ) -> torch.Tensor | None:
+        """Returns differentiable attention (1, heads, T, Dv) whose backward pass is in C++; None: there is none.
+
+        query: (1, heads, T, D); key, value: (1, key-value heads, T, D or Dv).
+        """
+        return None
+
 
 class RowAttention(RowKernels):
     """Computes the attention of one row, forward and backward, without recording gradients.

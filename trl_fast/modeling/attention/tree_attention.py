@@ -100,7 +100,8 @@ def attend(
     if issubclass(kernels, FlexAttention):
         out, lse = kernels.attention(query, key, value, spec)
         return out if sinks is None else with_sinks(out, lse, sinks)[0]
-    return _TreeAttention.apply(query, key, value, sinks, spec, kernels)
+    attended = kernels.eager_attention(query, key, value, spec) if sinks is None else None
+    return _TreeAttention.apply(query, key, value, sinks, spec, kernels) if attended is None else attended
 
 
 def attention_spec(

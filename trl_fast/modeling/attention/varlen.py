@@ -13,6 +13,7 @@ from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.data.segments import num_tokens
 from trl_fast.ops.attention_merge import merge_attention
 from trl_fast.ops.device import DeviceFacts, device_facts
+from trl_fast.ops.eager_ops import eager_op
 
 from .parts import attention_parts
 from .row_attention import AttentionSpec, RowAttention, RowMask
@@ -68,6 +69,24 @@ def _varlen_calls(mask: RowMask, device: torch.device, facts: DeviceFacts) -> tu
     return tuple(calls)
 
 
+@functools.lru_cache(maxsize=64)
+def told_in_cpp(mask: RowMask, device: torch.device) -> tuple[list[torch.Tensor | None], list[int]]:
+    """Returns what the calls of a row are told as csrc/varlen_attention.cpp takes it.
+
+    Of each call five tensors: indices of queries and keys, if they are no ranges, cu_seqlens of both, and query_of;
+    and eight numbers: the ranges of queries and keys, the longest of each, causal and window, 0 if there is none.
+    """
+    tensors: list[torch.Tensor | None] = []
+    numbers: list[int] = []
+    for call in _varlen_calls(mask, device, device_facts(device)):
+        ranges = [one if isinstance(one, slice) else slice(0, 0) for one in (call.queries, call.keys)]
+        indices = [None if isinstance(one, slice) else one for one in (call.queries, call.keys)]
+        tensors += [*indices, call.cu_seqlens_q, call.cu_seqlens_k, call.query_of]
+        numbers += [border for one in ranges for border in (one.start, one.stop)]
+        numbers += [call.longest_query, call.longest_key, int(call.causal), call.window or 0]
+    return tensors, numbers
+
+
 def _bounds(lengths: list[int], device: torch.device) -> torch.Tensor:
     """Returns where each of N sequences begins and the last one ends, (N + 1,) int32."""
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
@@ -112,6 +131,17 @@ class CudaRowAttention(RowAttention):
         if width > 256 or width % 8:
             return False, f"CUDA's flash kernels take heads of 8 to 256 channels in steps of 8, not {width}"
         return device_facts(query.device).capability >= (8, 0), "the GPU is older than flash kernels"
+
+    @staticmethod
+    def eager_attention(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec
+    ) -> torch.Tensor | None:
+        """Returns differentiable attention (1, heads, T, D) whose backward pass is in C++; None: there is none.
+
+        query: (1, heads, T, D); key, value: (1, key-value heads, T, D).
+        """
+        run = eager_op("attention_merge", query, None, "varlen_attention")
+        return None if run is None else run(query, key, value, *told_in_cpp(spec.mask, query.device), spec.scale)
 
     def __init__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec) -> None:
         super().__init__(query, key, value, spec)

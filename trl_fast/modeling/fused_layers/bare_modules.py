@@ -6,13 +6,13 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 def is_bare(module: nn.Module) -> bool:
     """Tells whether nothing is put upon a module, so that what it computes may be computed without calling it."""
-    is_called_plainly = type(module).__call__ is nn.Module.__call__ and "forward" not in vars(module)
-    return is_called_plainly and not _has_any_global_hook() and not any(getattr(module, name) for name in _HOOKS)
+    own = vars(module)
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    is_called_plainly = type(module).__call__ is nn.Module.__call__ and "forward" not in own
+    return is_called_plainly and not hooks and not _has_any_global_hook()
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -19,6 +19,9 @@ from .bare_modules import is_bare, is_linear, is_lora
 from .lora_layers import served_adapter
 from .try_outs import Draw, why_functions_differ
 
+# What most tensors are, and no wrapper of others.
+_WHOLE = (torch.Tensor, nn.Parameter)
+
 
 class _Parts(NamedTuple):
     """Holds what a layer computes with: weight (V, H), bias (V,) or None, and an adapter or None."""
@@ -29,8 +32,8 @@ class _Parts(NamedTuple):
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        found = [self.weight, self.bias, *([] if self.adapter is None else self.adapter[:2])]
-        return [tensor for tensor in found if tensor is not None]
+        found = [self.weight] if self.bias is None else [self.weight, self.bias]
+        return found if self.adapter is None else [*found, *self.adapter[:2]]
 
 
 def project(x: torch.Tensor, layers: Mapping[str, nn.Module]) -> dict[str, torch.Tensor]:
@@ -77,24 +80,26 @@ def _joint_parts(x: torch.Tensor, layers: Collection[nn.Module]) -> list[_Parts]
     """Returns the parts of layers that read x (..., H) if they can be called at once, else None."""
     if not (torch.is_grad_enabled() and x.requires_grad and x.is_contiguous()):
         return None
-    found = [_parts_of(layer, x) for layer in layers]
-    parts = [each for each in found if each is not None]
     kind = x.device.type
     autocasts = torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if autocasts else x.dtype
+    dtypes = KERNEL_DTYPES if autocasts else (dtype,)
     # Elsewhere products of 16-bit numbers have ways of their own.
-    serves = (
-        len(parts) == len(found)
-        and product_dtype(dtype, x.device) == dtype
-        and all(
-            tensor.device == x.device
-            and tensor.dtype in (KERNEL_DTYPES if autocasts else (dtype,))
-            and not is_traceable_wrapper_subclass(tensor)
-            and not is_partitioned(tensor)
-            for tensor in [x, *(tensor for each in parts for tensor in each.tensors)]
-        )
-    )
-    return parts if serves else None
+    if product_dtype(dtype, x.device) != dtype or not _serves(x, x.device, dtypes):
+        return None
+    found: list[_Parts] = []
+    for layer in layers:
+        parts = _parts_of(layer, x)
+        if parts is None or not all(_serves(tensor, x.device, dtypes) for tensor in parts.tensors):
+            return None
+        found.append(parts)
+    return found
+
+
+def _serves(tensor: torch.Tensor, device: torch.device, dtypes: tuple[torch.dtype, ...]) -> bool:
+    """Tells whether a tensor of any shape lies on a device as a whole, in one of the dtypes."""
+    is_whole = type(tensor) in _WHOLE or not is_traceable_wrapper_subclass(tensor)
+    return is_whole and tensor.dtype in dtypes and tensor.device == device and not is_partitioned(tensor)
 
 
 def _parts_of(layer: Any, x: torch.Tensor) -> _Parts | None:

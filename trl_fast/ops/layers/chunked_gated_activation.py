@@ -9,10 +9,10 @@ import torch
 
 from ..backends import choose_backend
 from ..device import device_facts
+from ..eager_ops import eager_op
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext
 from .gated_activation import ACTIVATIONS, BACKWARD, FORWARD
-from .kernels import eager_op
 
 
 def _backend(gate_up: torch.Tensor, backend: str | None) -> str:

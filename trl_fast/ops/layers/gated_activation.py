@@ -14,9 +14,10 @@ import torch.nn.functional as F
 
 from ..backends import choose_backend
 from ..device import device_facts
+from ..eager_ops import eager_op
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext
-from .kernels import by_kernels, eager_op, layer_kernel
+from .kernels import by_kernels, layer_kernel
 
 
 def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 
 from ..device import device_facts
+from ..eager_ops import eager_linear
 from ..linear import MIN_ROWS, linear
 from ..matmul import add_mm, as_autocast, new_product
 from ..named_gradients import AutogradContext, first_derivative
-from .kernels import eager_linear
 
 
 class Adapter(NamedTuple):

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
+from ..eager_ops import eager_linear
 from ..matmul import add_mm, as_autocast, new_product
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext, gradients_of
-from .kernels import eager_linear
 
 _NAME = "trl_fast::lora_linear"
 

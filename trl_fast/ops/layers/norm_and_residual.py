@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..eager_ops import eager_op
 from ..named_gradients import AutogradContext, first_derivative
-from .kernels import eager_op
 from .norm_casts import NORM_CASTS, NormCast, check_norm
 from .rms_norm import rms_norm_and_rstd, rms_norm_backward
 

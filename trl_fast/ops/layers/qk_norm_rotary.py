@@ -11,9 +11,9 @@ import torch
 
 from ..backends import choose_backend
 from ..device import device_facts
+from ..eager_ops import eager_op
 from ..named_gradients import AutogradContext
 from .head_norms import BACKWARD, FORWARD, new_rstd
-from .kernels import eager_op
 from .norm_casts import NORM_CASTS, NormCast
 from .rotations import PAIRS, Pairs, check_angles, check_heads, empty_by_tokens
 

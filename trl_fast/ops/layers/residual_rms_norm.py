@@ -12,9 +12,10 @@ import torch
 
 from ..backends import choose_backend
 from ..device import device_facts
+from ..eager_ops import eager_op
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext
-from .kernels import by_kernels, eager_op, layer_kernel
+from .kernels import by_kernels, layer_kernel
 from .norm_casts import NORM_CASTS, NormCast, check_norm, norm_reference
 from .rms_norm import rms_norm_backward
 

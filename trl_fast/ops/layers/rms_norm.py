@@ -11,9 +11,10 @@ import torch
 
 from ..backends import choose_backend
 from ..device import device_facts
+from ..eager_ops import eager_op
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext
-from .kernels import by_kernels, eager_op, layer_kernel, new_partials
+from .kernels import by_kernels, layer_kernel, new_partials
 from .norm_casts import NORM_CASTS, NormCast, check_norm, norm_backward_reference, norm_reference
 
 # Rows whose gradients by the weight the C++ kernel sums into one row (kNormBlock of csrc/cpu/layer_kernels.h).

@@ -11,8 +11,9 @@ import torch
 
 from ..backends import choose_backend
 from ..device import device_facts
+from ..eager_ops import eager_op
 from ..named_gradients import AutogradContext
-from .kernels import by_kernels, eager_op, layer_kernel
+from .kernels import by_kernels, layer_kernel
 from .rotations import (
     PAIRS,
     Pairs,
