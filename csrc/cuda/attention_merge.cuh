@@ -77,6 +77,7 @@ __global__ void __launch_bounds__(kThreads) attention_merge_kernel(AttentionMerg
   const int64_t column = ((int64_t{blockIdx.y} << lane_bits) + lane) * Pack<T>::kSize;
   const int64_t begin = int64_t{blockIdx.x / heads} * kMergedTokens * side_by_side + (threadIdx.x >> lane_bits);
   int64_t places[kMergedTokens];
+  // -inf of what is not there.
   float lses[kMergedTokens], second_lses[kMergedTokens];
   Pack<T> packs[kMergedTokens], second_packs[kMergedTokens];
 #pragma unroll
@@ -98,12 +99,11 @@ __global__ void __launch_bounds__(kThreads) attention_merge_kernel(AttentionMerg
   for (int i = 0; i < kMergedTokens; ++i) {
     const int64_t token = begin + i * side_by_side;
     if (token >= args.tokens) return;
-    const bool is_alone = places[i] < 0;
-    const float share = is_alone ? 0.0f : share_of_second(lses[i], second_lses[i]);
+    const float share = share_of_second(lses[i], second_lses[i]);
     T* to = static_cast<T*>(args.merged) + (token * args.heads + head) * args.width;
     store_pack<kWhole>(merge_packs(packs[i], second_packs[i], share), column, args.width, to);
     if (column > 0) continue;
-    args.merged_lse[head * args.tokens + token] = is_alone ? lses[i] : add_exps(lses[i], second_lses[i]);
+    args.merged_lse[head * args.tokens + token] = add_exps(lses[i], second_lses[i]);
   }
 }
 
