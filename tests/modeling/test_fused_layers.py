@@ -225,14 +225,17 @@ def test_tiles_and_checkpointing(tile, checkpointing):
     assert_same(run(model), expected)
 
 
-@pytest.mark.slow
-def test_compiled():
+@pytest.mark.parametrize("lora", [pytest.param(False, marks=pytest.mark.slow), True], ids=["whole", "lora"])
+def test_compiled(lora):
     """A compiler sees the ops whole: no graph breaks at them."""
-    model = tiny_model()
+    model = tiny_model(num_hidden_layers=1 if lora else 2)
+    if lora:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
     expected = run(model)
-    fuse_layers(model, CPU)
+    inner = base_model(model)
+    fuse_layers(inner, CPU)
     torch._dynamo.reset()
-    model.model.forward = torch.compile(model.model.forward, backend="aot_eager", fullgraph=True)
+    inner.model.forward = torch.compile(inner.model.forward, backend="aot_eager", fullgraph=True)
     try:
         assert_same(run(model), expected)
     finally:

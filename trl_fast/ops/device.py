@@ -133,9 +133,19 @@ def has_gpu() -> bool:
     return any(facts.is_cuda for facts in simulated.facts.values()) or torch.cuda.is_available()
 
 
-@functools.cache
+# A table: torch.compile looks past functools.cache, and breaks the graph where the CPU is asked.
+_real: dict[torch.device, DeviceFacts] = {}
+
+
 def real_facts(device: torch.device) -> DeviceFacts:
     """Returns torch's facts of a device, whatever is simulated."""
+    facts = _real.get(device)
+    if facts is None:
+        facts = _real[device] = _ask(device)
+    return facts
+
+
+def _ask(device: torch.device) -> DeviceFacts:
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (0, 0)
         return DeviceFacts("cuda", True, capability, functools.partial(_cuda_memory, device))
