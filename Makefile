@@ -67,10 +67,9 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # What CI runs beside `make test`: kernels of GPUs, whole steps on simulated GPUs, trainers in several processes.
-# PYTEST_ARGS="-m plans" runs one kind. Measured peaks are compared with plans: with AMX, oneDNN takes half a MiB more for
-# products of bfloat16, of which a plan of tensors knows nothing.
+# PYTEST_ARGS="-m plans" runs one kind.
 test-more: $(READY)
-	OMP_NUM_THREADS=1 ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "(gpu_code or plans or processes) and not slow" \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "(gpu_code or plans or processes) and not slow" \
 	  $(PYTEST_ARGS)
 
 # The ways to install that docs/install.md lists, each in environments of its own: about 40 minutes on two cores, and

@@ -6,8 +6,9 @@ that is used twice. The allocators see everything that lives in tensors.
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,23 @@ from trl_fast.ops.backends import load_extension
 MIB = 1 << 20
 GIB = 1 << 30
 
+# Operators whose library may take a buffer of its own for the time of a product.
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"}
+
 
 @dataclass(frozen=True)
 class Measured:
     """Holds a call's result and how many bytes of tensors were alive at its peak, beyond those at its start.
 
     operators: names of the operators that ran, on the CPU ("aten::mm", "trl_fast::row_scores").
+    bytes_beside_products: on the CPU, the peak without what matrix products take and give back by themselves. oneDNN
+    has such buffers, whose size depends on the CPU's instructions.
     """
 
     result: Any
     peak_bytes: int
     operators: frozenset[str] = frozenset()
+    bytes_beside_products: int = 0
 
 
 def measure_peak(function: Callable[[], Any], device: torch.device | str = "cpu") -> Measured:
@@ -52,12 +59,35 @@ def measure_peak(function: Callable[[], Any], device: torch.device | str = "cpu"
         _C.release_pool()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = function()
-    events = profiler.profiler.kineto_results.events()
-    live = peak = 0
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda event: event.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return Measured(result, peak, frozenset(event.name() for event in events))
+    # A product begins before what it takes: of events of one nanosecond the sort keeps the order.
+    events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    changes = [event.nbytes() for event in events if event.name() == "[memory]"]
+    names = frozenset(event.name() for event in events)
+    return Measured(result, _highest(changes), names, _highest(_beside_products(events)))
+
+
+def _highest(changes: Iterable[int]) -> int:
+    """Returns the highest level that changes of live bytes come to from 0."""
+    return max(itertools.accumulate(changes, initial=0))
+
+
+def _beside_products(events: Iterable[Any]) -> Iterator[int]:
+    """Yields the changes of live bytes but those of blocks that a product takes and gives back itself.
+
+    Those of a product are given at its end. events: a profiler's, in the order of their beginnings.
+    """
+    end, taken = 0, []
+    for event in events:
+        if event.start_ns() >= end:
+            yield from taken
+            taken = []
+        if event.name() in PRODUCTS:
+            end = max(end, event.end_ns())
+        elif event.name() == "[memory]" and -event.nbytes() in taken:
+            taken.remove(-event.nbytes())
+        elif event.name() == "[memory]":
+            taken.append(event.nbytes())
+    yield from taken
 
 
 def process_peak_bytes() -> int:

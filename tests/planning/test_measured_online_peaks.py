@@ -97,7 +97,7 @@ def measured_peak(setup, prompt_tokens, length, folder):
     model = AutoModelForCausalLM.from_config(setup.config, dtype=setup.torch_dtype)
     trainer = trainer_class(model=model, args=args, processing_class=build_tokenizer(), **given)
     gc.collect()
-    return measure_peak(trainer.train).peak_bytes
+    return measure_peak(trainer.train).bytes_beside_products
 
 
 def simulated_peak(setup, length):

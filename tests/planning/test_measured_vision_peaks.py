@@ -182,7 +182,7 @@ def test_simulated_peaks_of_sampled_completions_are_those_of_real_training(metho
     parts = [{"type": "image", "image": shown[0]}, {"type": "text", "text": QUESTION[0]["content"]}]
     prompt = len(ImageReader(processor).prompt_ids([{"role": "user", "content": parts}]))
     gc.collect()
-    measured = measure_peak(trainer.train).peak_bytes
+    measured = measure_peak(trainer.train).bytes_beside_products
     length = prompt + COMPLETION
     timeline = simulate(setup.but(prompt_share=prompt / length), length)
     models = sum(timeline.levels[KINDS.index(kind)].max() for kind in (WEIGHTS, REFERENCE))
