@@ -1,6 +1,7 @@
 """Models in 16-bit numbers whose linear layers compute in float32."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from support.models import tiny_model
 from support.simulated_device import set_bf16_products
 from support.trees import random_trees
 from trl_fast.data import pack_trees
+from trl_fast.modeling import upcast_linear_layers as upcast
 from trl_fast.modeling.loading import base_model
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
@@ -178,3 +180,31 @@ def test_what_was_wrapped_since_is_not_unwrapped():
     begin_pass(model.to_empty(device="cpu"))
     assert layer.forward is wrapped
     layer(torch.randn(5, layer.in_features).bfloat16())
+
+
+def test_all_weights_are_looked_at_once(monkeypatch):
+    """And once more when something has changed, which may make products slow."""
+    set_bf16_products(monkeypatch, True)
+    looks = []
+    of_weights = upcast._dtypes
+    monkeypatch.setattr(upcast, "_dtypes", lambda *args: looks.append(args) or of_weights(*args))
+    model = build("llama", torch.float32)
+    for _ in range(3):
+        begin_pass(model)
+    assert len(looks) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        begin_pass(model)
+        begin_pass(model)
+    assert len(looks) == 2 and not upcast_layers(model)
+    assert pickle.loads(pickle.dumps(model.trl_fast_upcast_seen)) == model.trl_fast_upcast_seen
+    begin_pass(model.half())
+    assert len(looks) == 3 and upcast_layers(model) == linear_layers(model)
+
+
+def test_a_layer_that_became_narrow_is_seen_by_a_further_call():
+    model = build("llama", torch.float32)
+    layer = model.model.layers[1].mlp.up_proj.bfloat16()
+    begin_pass(model)
+    assert not upcast_layers(model)
+    upcast_linear_layers(model)
+    assert layer in upcast_layers(model)

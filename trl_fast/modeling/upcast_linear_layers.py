@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from trl_fast.ops.device import device_facts
 from trl_fast.ops.linear import linear, upcast_is_faster
-from trl_fast.ops.matmul import product_dtype
 from trl_fast.ops.validation import refuse_forward_mode
 
 from .fused_layers.bare_modules import is_linear
@@ -19,23 +19,29 @@ from .loading import backbone
 from .model_changes import changes_of, unbound_forward
 
 UPCAST = "upcast linear layers"
+# What was true of a model when its linear layers were last looked at.
+_SEEN = "trl_fast_upcast_seen"
 
 
 def upcast_linear_layers(model: PreTrainedModel) -> None:
     """Lets the linear layers of a model compute in float32 wherever that is faster; see ops/linear.py.
 
     They are changed only while that can be: on a CPU without 16-bit products, of a model with 16-bit weights or under
-    autocast. The model may be moved or cast later: that is looked at before its layers run. What is changed decides
-    call by call. Products of other modules, such as fused experts, stay as they are.
+    autocast. The model may be moved or cast later: its first weight tells before its layers run. Where other weights
+    alone were cast, a further call looks at all of them. What is changed decides call by call. Products of other
+    modules, such as fused experts, stay as they are.
     """
     changes = changes_of(model)
-    if UPCAST in changes:
-        return
     layers = backbone(model)
+    if UPCAST in changes:
+        setattr(model, _SEEN, None)
+        _follow(model, layers, ())
+        return
     change = changes.get_or_add(
         UPCAST, "linear layers compute 16-bit products in float32 on a CPU without hardware for them"
     )
     change.set(model, "trl_fast_upcast", False, fixed=False)
+    change.set(model, _SEEN, None, fixed=False)
     change.on_undo(_restore_layers, model)
     change.add_hook(layers.register_forward_pre_hook(functools.partial(_follow, model)))
     _follow(model, layers, ())
@@ -45,9 +51,18 @@ def _follow(model: PreTrainedModel, layers: nn.Module, _args: object) -> None:
     """Changes a model's linear layers, or changes them back, as its device and numbers ask."""
     if torch.compiler.is_compiling():
         return
-    on_cpu = next(layers.parameters()).device.type == "cpu"
+    first = next(layers.parameters())
+    autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+    slow = device_facts(torch.device("cpu")).product_dtypes
+    # All weights are looked at only when something has changed: in each pass that took 2% of a narrow model's step.
+    seen = first.device, first.dtype, autocast, slow
+    if seen == getattr(model, _SEEN):
+        return
+    setattr(model, _SEEN, seen)
     # Once changed they stay so on a CPU: backward may compute again what another dtype's pass came after.
-    upcast = on_cpu and (model.trl_fast_upcast or _multiplies_slowly(layers))
+    upcast = first.device.type == "cpu" and (
+        model.trl_fast_upcast or not slow.keys().isdisjoint(_dtypes(layers, autocast))
+    )
     if upcast == model.trl_fast_upcast:
         return
     changed: Any = model
@@ -88,12 +103,9 @@ def _restore_layers(model: PreTrainedModel) -> None:
         _restore_layer(module)
 
 
-def _multiplies_slowly(layers: nn.Module) -> bool:
-    """Returns whether there are products of 16-bit numbers, for which this CPU has no hardware."""
-    autocast = torch.is_autocast_enabled("cpu")
-    dtypes = [torch.get_autocast_dtype("cpu")] if autocast else (weight.dtype for weight in layers.parameters())
-    cpu = torch.device("cpu")
-    return any(dtype.is_floating_point and product_dtype(dtype, cpu) != dtype for dtype in dtypes)
+def _dtypes(layers: nn.Module, autocast: torch.dtype | None) -> set[torch.dtype]:
+    """Returns the dtypes that numbers are multiplied in, where the device does not choose others."""
+    return {weight.dtype for weight in layers.parameters()} if autocast is None else {autocast}
 
 
 def _forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:

@@ -78,6 +78,7 @@ class BaseTrainer(Trainer):
     forecast: Forecast | None = None  # what a plan expects of the run; whoever has one sets it before `train`
     images: RowImages | None = None  # how the model reads those of the datasets; None: they have none
     batches: BatchReader | None = None  # reads batches, where those are dicts in TRL; a trainer sets its own
+    _ops_of_a_token: int | None = None  # forward and backward
     reference: ReferencePolicy | None = None  # what the policy is held against; a trainer sets its own
     _prepare_dataset: Callable[..., AnyDataset]  # TRL's hook: defined unless `prepare_dataset` is overridden
     uncalled_hooks: ClassVar[Mapping[str, str]] = {}  # TRL's methods, and what to do instead: see `overrides`
@@ -246,7 +247,11 @@ class BaseTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Estimates the operations of a step on a batch: those of the layout that the model runs on."""
         batch = None if self.batches is None else self.batches.unread(inputs)
-        return super().floating_point_ops(inputs if batch is None else {"input_ids": batch.input_ids})
+        if batch is None:
+            return super().floating_point_ops(inputs)
+        if self._ops_of_a_token is None:  # the base counts the model's weights each time
+            self._ops_of_a_token = super().floating_point_ops({"input_ids": batch.input_ids[:1, :1]})
+        return self._ops_of_a_token * batch.input_ids.numel()
 
     def _track_num_input_tokens(self, inputs: Any) -> None:
         super()._track_num_input_tokens(inputs.copy() if isinstance(inputs, DictBatch) else inputs)
