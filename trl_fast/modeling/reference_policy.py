@@ -9,7 +9,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import cast
 
 import torch
-from peft import PeftModel
+from peft import LoraModel, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -121,6 +123,10 @@ def adapter_reference(model: PeftModel, adapter: str | None = None) -> Iterator[
     whoever wants no gradient of the reference says `torch.no_grad()`.
     """
     name = reference_adapter(model, adapter)
+    if name is None and _are_plain_lora(model):
+        with _lora_left_out(model):
+            yield
+        return
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with model.disable_adapter() if name is None else _active_adapter(model, name):
@@ -128,6 +134,32 @@ def adapter_reference(model: PeftModel, adapter: str | None = None) -> Iterator[
             yield
     finally:
         _set_trained(trained)
+
+
+def _are_plain_lora(model: PeftModel) -> bool:
+    """Tells whether a flag of each layer is all that turns the adapters off."""
+    return type(model.base_model) is LoraModel and all(
+        getattr(config, "bias", "none") == "none" for config in model.peft_config.values()
+    )
+
+
+@contextmanager
+def _lora_left_out(model: PeftModel) -> Iterator[None]:
+    """Turns LoRA layers off as `model.disable_adapter()` does, which asks for the state of every weight before."""
+    modules: list[torch.nn.Module] = [model]
+    # Three times as fast as `model.modules()`.
+    for module in modules:
+        modules.extend(child for child in module._modules.values() if child is not None)
+    layers = [module for module in modules if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    flags = [(model, "_adapters_disabled"), *((layer, "_disable_adapters") for layer in layers)]
+    before = [getattr(module, name) for module, name in flags]
+    try:
+        for module, name in flags:
+            setattr(module, name, True)
+        yield
+    finally:
+        for (module, name), value in zip(flags, before, strict=True):
+            setattr(module, name, value)
 
 
 @contextmanager
