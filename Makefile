@@ -19,6 +19,10 @@ CPP += $(wildcard tests/csrc/*.cpp tests/support/*.h)
 NVCC ?= nvcc
 GPU_TARGETS := 80 90 100
 
+# Bytecode is kept also where the machine asks for none: rewriting the tests' asserts takes pytest as long as all of its
+# other work before the first test, and every process that a test starts would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: venv wheel demo demo-grpo demo-ppo demo-distillation demo-pictures demo-environment test test-more test-slow test-vllm check-recipes test-install fuzz sanitize bench \
   gpu-kit check-gpu-code docs lint format clean
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -28,10 +29,17 @@ def model_of(layout: str, dtype: torch.dtype, family: str = "llama"):
     return model
 
 
-@pytest.mark.parametrize("rows", [None, 5], ids=["one block", "blocks"])
-@pytest.mark.parametrize("backend", ["cpp", "torch"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["shared_prefix", "packed", "padded"])
+# Every three of layout, dtype, backend and blocks, which is half of all four.
+LAYOUTS, BACKENDS = ("shared_prefix", "packed", "padded"), ("cpp", "torch")
+DTYPES, ROWS = (torch.float32, torch.bfloat16), (None, 5)
+PASSES = [
+    (layout, DTYPES[dtype], BACKENDS[(place + dtype + blocks) % 2], ROWS[blocks])
+    for place, layout in enumerate(LAYOUTS)
+    for dtype, blocks in itertools.product(range(2), repeat=2)
+]
+
+
+@pytest.mark.parametrize("layout, dtype, backend, rows", PASSES, ids=str)
 def test_every_pass_has_the_same_log_probs(layout, dtype, backend, rows):
     model = model_of(layout, dtype)
     batch = pack_trees(random_trees(TREES), layout, 2)

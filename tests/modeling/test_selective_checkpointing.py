@@ -93,21 +93,21 @@ def assert_same_bits(got, expected):
         assert torch.equal(got[1][name], grad), name
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
-@pytest.mark.parametrize("limit", [60_000, ALL])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"lora": True},
-        {"tiled": True},
-        {"family": "gemma2"},
-        {"family": "qwen3_moe"},
-        {"layout": "padded"},
-        {"family": "gpt_oss", "changes": WINDOWED},
-    ],
-    ids=str,
-)
+OPTIONS = [
+    {},
+    {"lora": True},
+    {"tiled": True},
+    {"family": "gemma2"},
+    {"family": "qwen3_moe"},
+    {"layout": "padded"},
+    {"family": "gpt_oss", "changes": WINDOWED},
+]
+# Every option with each limit and each precision, and those with one another.
+LIMITS = [[(60_000, False), (ALL, True)], [(60_000, True), (ALL, False)]]
+SAME_BITS = [(options, *given) for place, options in enumerate(OPTIONS) for given in LIMITS[place % 2]]
+
+
+@pytest.mark.parametrize("options, limit, autocast", SAME_BITS, ids=str)
 def test_the_same_bits(options, limit, autocast):
     layout = options.get("layout", "shared_prefix")
     expected = run(build(**options), layout, autocast)

@@ -144,27 +144,50 @@ def test_the_wheel_holds_every_package_under_our_name(wheel, source):
     assert {f"trl_fast/kernels/{path.name}" for path in (source / "kernels").glob("*.py")} <= set(names)
 
 
-def test_an_installed_wheel_works_in_pure_pytorch(installed, tmp_path):
-    script = WITHOUT_EDITABLE + (
-        "import torch; from trl_fast.ops import linear_logprob, supports;"
-        "print(linear_logprob(torch.ones(2, 4), torch.ones(8, 4), torch.tensor([1, 2])).logprobs.tolist());"
-        "print(supports('linear_logprob', 'cpp', 'cpu', torch.float32).reason)"
-    )
-    done = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(installed))
+# One process answers what an installed wheel is asked: each would take seconds to import torch.
+ASK_THE_INSTALLED = (
+    WITHOUT_EDITABLE
+    + """
+import torch
+from trl_fast.ops import linear_logprob, supports
+from trl_fast.cli.main import main
+print(linear_logprob(torch.ones(2, 4), torch.ones(8, 4), torch.tensor([1, 2])).logprobs.tolist())
+print(supports("linear_logprob", "cpp", "cpu", torch.float32).reason)
+print("---", flush=True)
+main(["env"])
+print("---", flush=True)
+"""
+    + LOOK_FOR_KERNELS
+)
+
+
+@pytest.fixture(scope="module")
+def answers(installed, tmp_path_factory) -> tuple[list[str], str]:
+    """Returns what an installed wheel prints, in three parts (scores, `env`, kernels), and what it says on stderr."""
+    place = tmp_path_factory.mktemp("elsewhere")
+    done = run(sys.executable, "-c", ASK_THE_INSTALLED, cwd=place, PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stderr
-    logprobs, reason = done.stdout.strip().split("\n")
+    return done.stdout.split("---\n"), done.stderr
+
+
+def test_an_installed_wheel_works_in_pure_pytorch(answers):
+    (scores, _, _), stderr = answers
+    logprobs, reason = scores.strip().split("\n")
     assert eval(logprobs) == pytest.approx([-2.0794415] * 2)
     assert reason.startswith(f"the C++ extension is not built: {PURE}; to build it run `pip install --force-reinstall")
-    assert done.stderr.count("Until then everything runs in pure PyTorch") == 1
+    assert stderr.count("Until then everything runs in pure PyTorch") == 1
 
 
-def test_env_says_why_there_is_no_extension(installed, tmp_path):
-    script = WITHOUT_EDITABLE + "from trl_fast.cli.main import main; main(['env'])"
-    done = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(installed))
-    assert done.returncode == 0, done.stderr
-    text = " ".join(done.stdout.replace("│", " ").split())
+def test_env_says_why_there_is_no_extension(answers):
+    (_, shown, _), _ = answers
+    text = " ".join(shown.replace("│", " ").split())
     assert f"trl_fast._C not built: {PURE}" in text
-    assert f"Verdict: plain PyTorch, without kernels ({PURE}): run `pip install" in done.stdout.splitlines()[-1]
+    assert f"Verdict: plain PyTorch, without kernels ({PURE}): run `pip install" in shown.splitlines()[-1]
+
+
+def test_an_installed_wheel_has_no_package_called_kernels(answers, installed):
+    (_, _, found), _ = answers
+    assert found.split() == ["None", "False", str(installed / "trl_fast" / "kernels" / "row_kernels.py")]
 
 
 def test_a_wheel_of_another_torch_is_refused_by_name(installed, tmp_path):
@@ -182,13 +205,6 @@ def test_a_wheel_of_another_torch_is_refused_by_name(installed, tmp_path):
     assert "run `pip install" in last and "undefined symbol" not in done.stderr
     forced = run(sys.executable, "-c", script, cwd=tmp_path, PYTHONPATH=str(copy), TRL_FAST_BACKEND="torch")
     assert forced.returncode == 0, forced.stderr
-
-
-def test_an_installed_wheel_has_no_package_called_kernels(installed, tmp_path):
-    done = run(sys.executable, "-c", WITHOUT_EDITABLE + LOOK_FOR_KERNELS, cwd=tmp_path, PYTHONPATH=str(installed))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[:2] == ["None", "False"]
-    assert done.stdout.split()[2] == str(installed / "trl_fast" / "kernels" / "row_kernels.py")
 
 
 def test_from_the_repository_root_kernels_is_nobodys_module(tmp_path):
