@@ -23,7 +23,8 @@ from trl_fast.planning.training_setup import PlannedTeacher, TrainingSetup
 pytestmark = pytest.mark.plans
 
 SIZE = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3, "head_dim": 32, "vocab_size": 4096}
-PROMPTS = [f"What color is{14 * ' very'} bright red, number {number}?" for number in range(10, 18)]
+# Prompts that begin alike would share their beginnings, which a plan does not count on.
+PROMPTS = [f"{number} times: what color is{14 * ' very'} bright red?" for number in range(12, 90, 11)]
 TEACHER = PlannedTeacher(
     tiny_config("llama", max_position_embeddings=2048, **{**SIZE, "hidden_size": 256, "num_hidden_layers": 2}),
     "bfloat16",

@@ -3,6 +3,7 @@
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from support.seen_operators import SeenOperators
 from trl_fast.ops import linear_logprob
 from trl_fast.ops.head.gradients import active_rows
 from trl_fast.planning.memory_timeline import GRADIENTS, WEIGHTS
@@ -82,3 +83,19 @@ def test_every_row_counts():
         assert active_rows(torch.empty(4, 10)) is None
 
     track(compute)
+
+
+def test_rows_have_the_strides_of_real_ones():
+    """A product of a row and a frozen weight is one of matrices by them, and is kept as such."""
+
+    def attended():
+        return torch.empty(6, 4, 8).transpose(0, 1)[None].transpose(1, 2).contiguous().reshape(1, 6, -1)
+
+    with FakeTensorMode(), MemoryTracker():
+        row, weight = attended(), torch.empty(32, 32)
+        part, number = torch.empty(6)[2:].view(1, 4), torch.empty(()).view(())
+        with SeenOperators() as seen:
+            torch.nn.functional.linear(row, weight)
+    assert row.stride() == attended().stride() == (192, 32, 1)
+    assert part.stride() == (4, 1) and part.storage_offset() == 2 and number.dim() == 0
+    assert "aten::mm" in seen.names and "aten::bmm" not in seen.names

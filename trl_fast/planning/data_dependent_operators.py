@@ -6,6 +6,7 @@ those of a step in which every row counts and nothing is wrong with the input.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -89,6 +90,20 @@ ANSWERS: dict[torch._ops.OpOverload, Callable[..., Any]] = {
 }
 
 
+_VIEWS = (aten.view.default, aten._unsafe_view.default)
+
+
+def _with_real_strides(view: torch.Tensor) -> torch.Tensor:
+    """Returns a view with the strides of a real one: torch gives fake ones others in dimensions of one entry.
+
+    By that of a row (1, T, H), its product with a frozen weight is one of matrices or of batches.
+    """
+    strides = tuple(itertools.accumulate(reversed(view.shape[1:]), int.__mul__, initial=1))[::-1]
+    if not view.is_contiguous() or not view.dim() or view.stride() == strides:
+        return view
+    return view.as_strided(view.shape, strides)
+
+
 def run_on_fakes(func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> Any:
     """Returns an operator's result on fake tensors: what is known of it, else an answer, else what torch makes."""
     if func in ANSWERS:
@@ -98,4 +113,5 @@ def run_on_fakes(func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any
         out = ANSWERS[func](*args, **kwargs)
         if out is not NotImplemented:
             return out
-    return func(*without_masks(func, args), **kwargs)
+    out = func(*without_masks(func, args), **kwargs)
+    return _with_real_strides(out) if func in _VIEWS else out
