@@ -44,7 +44,7 @@ def online_loss_inputs(
 def online_dpo_metrics(
     token_logprobs: torch.Tensor,
     inputs: PreferenceLossInputs,
-    ref_sequence_logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
     rewards: torch.Tensor,
     has_end: torch.Tensor,
     beta: float,
@@ -54,13 +54,14 @@ def online_dpo_metrics(
     Args:
         token_logprobs: (N,) float32.
         inputs: of `online_loss_inputs`.
-        ref_sequence_logprobs: (S,) float32, the sums of each sequence's log-probabilities under the reference.
+        ref_logprobs: (N,) float32, under the reference.
         rewards: (S,) float32, what the sequences are ordered by.
         has_end: (S,) float32, 1 for the sequences that hold an end token.
         beta: the loss's.
     """
     logprobs = inputs.sequence_logprobs(token_logprobs)
-    kl = logprobs - ref_sequence_logprobs
+    # Summed token by token: a difference of two large sums would lose what float32 rounds of each.
+    kl = inputs.sums(token_logprobs - ref_logprobs)
     implicit = beta * kl
     margins = implicit[0::2] - implicit[1::2]
     values = {

@@ -155,7 +155,7 @@ def pair_micro_batch(setup: TrainingSetup, max_length: int, layout: PlannedLayou
     prompts, completions = setup.per_device_train_batch_size, setup.completions_per_generation
     samples = _samples(setup, max_length, layout, completions, 2)
     batch = samples.batch(layout.name, _PAD, image_layout=layout.images)
-    update = make_pair_update(samples, batch, torch.zeros(completions))
+    update = make_pair_update(samples, batch, torch.zeros(len(batch.branch)))
     return SampledInputs(_generation(setup, max_length, layout, prompts, completions), update)
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from trl_fast.data import AnyDataset
 from trl_fast.losses.advantages import Advantages, summed_rewards
 from trl_fast.losses.dpo import DPOLossConfig, dpo_loss
-from trl_fast.losses.online_dpo import online_dpo_metrics, online_loss_inputs
+from trl_fast.losses.online_dpo import online_dpo_metrics
 from trl_fast.modeling.scoring import score
 from trl_fast.ops import HeadOptions
 from trl_fast.parallel.failures import failing_together
@@ -48,17 +48,18 @@ def online_dpo_step(
         head: the user's settings of the head.
         router_coef: weight of a mixture of experts' load-balancing loss.
     """
+    reference = update.loss_inputs.sequence_logprobs(update.ref_logprobs)
     scored = score(
         model,
         update.batch,
-        token_loss=lambda scores, rows: dpo_loss(scores, update.loss_inputs, update.reference, config, rows),
+        token_loss=lambda scores, rows: dpo_loss(scores, update.loss_inputs, reference, config, rows),
         group_sizes=update.group_sizes,
         head=head,
         **router_keywords(router_coef),
     )
     assert scored.loss is not None, "a token loss was asked for"
     loss, metrics = with_router_loss(scored.loss, scored, router_coef)
-    vectors = (update.reference, update.scores, update.has_end)
+    vectors = (update.ref_logprobs, update.scores, update.has_end)
     found = online_dpo_metrics(scored.tokens.logprobs, update.loss_inputs, *vectors, config.beta)
     return StepResult(loss, {**metrics, **found}, scored.tokens)
 
@@ -191,8 +192,7 @@ class OnlineDPOTrainer(BatchTrainer):
         if self.images is None:
             samples = with_short_prompts(samples, self.args.max_length)
         batch = self.updates.token_batch(samples)
-        reference = online_loss_inputs(batch.branch, len(samples)).sequence_logprobs(self.reference_logprobs(batch))
-        return make_pair_update(samples, batch, reference)
+        return make_pair_update(samples, batch, self.reference_logprobs(batch))
 
     # ---- the update
 

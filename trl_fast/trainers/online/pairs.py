@@ -31,29 +31,29 @@ class PairUpdate:
 
     - `batch`: the tokens to score, N of them. `group_sizes`: those of each pair. `loss_inputs`: which completion each
       is of.
-    - `reference` (S,) float32: log-probabilities of the completions under the reference.
+    - `ref_logprobs` (N,) float32: log-probabilities of the tokens under the reference.
     - `scores`, `has_end` (S,) float32: as in ScoredSamples.
     """
 
     batch: TokenBatch
     group_sizes: tuple[int, ...]
     loss_inputs: PreferenceLossInputs
-    reference: torch.Tensor
+    ref_logprobs: torch.Tensor
     scores: torch.Tensor
     has_end: torch.Tensor
 
 
-def make_pair_update(samples: Samples, batch: TokenBatch, reference: torch.Tensor) -> PairUpdate:
-    """Returns the update of pairs that a batch holds; `reference`: (S,) float32. Scores are zeros if unknown."""
+def make_pair_update(samples: Samples, batch: TokenBatch, ref_logprobs: torch.Tensor) -> PairUpdate:
+    """Returns the update of pairs that a batch holds; `ref_logprobs`: (N,) float32. Scores are zeros if unknown."""
     lengths = [len(ids) for ids in samples.completion_ids]
     unknown = torch.zeros(len(samples))
     known = (getattr(samples, name, None) for name in ("scores", "has_end"))
-    scores, has_end = ((unknown if values is None else values).float().to(reference.device) for values in known)
+    scores, has_end = ((unknown if values is None else values).float().to(ref_logprobs.device) for values in known)
     sizes = tuple(first + second for first, second in zip(lengths[0::2], lengths[1::2], strict=True))
     has_score = getattr(samples, "has_score", None)
     has_score = None if has_score is None else has_score.to(batch.branch.device)
     inputs = online_loss_inputs(batch.branch, len(samples), has_score)
-    return PairUpdate(batch, sizes, inputs, reference, scores, has_end)
+    return PairUpdate(batch, sizes, inputs, ref_logprobs, scores, has_end)
 
 
 def chosen_first(samples: Samples) -> list[int]:
