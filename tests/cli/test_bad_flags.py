@@ -21,6 +21,8 @@ PPO = "ppo --model_name_or_path {model} --reward_model_path {reward} --dataset_n
 
 VALUES = [
     (DPO + "--betta 0.1", ["unknown argument --betta; did you mean 'beta'?"]),
+    (DPO + "--model m", ["unknown argument --model; did you mean 'model_name_or_path'?"]),
+    (DPO + "--batch-size 2", ["unknown argument --batch-size; did you mean 'per_device_train_batch_size'?"]),
     (DPO + "--beta", ["--beta", "expected one argument"]),
     (DPO + "--beta abc", ["--beta", "'abc'"]),
     (DPO + "--beta 0.1 0.2", ["unexpected arguments 0.2"]),

@@ -19,6 +19,14 @@ from trl_fast.settings.field_docs import FieldDoc, read_fields
 from .arguments import ModelConfig
 from .config_file import ConfigFile, read_config
 
+# Names of other tools, and what they are here.
+_MEANT = {
+    "model": "model_name_or_path",
+    "batch_size": "per_device_train_batch_size",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+}
+
 
 class TrlParser(HfArgumentParser):
     """Parses dataclasses from flags and from a YAML file.
@@ -148,10 +156,12 @@ class TrlParser(HfArgumentParser):
         messages = []
         for word in remaining:
             name = word.lstrip("-").split("=")[0]
+            plain = name.replace("-", "_")
+            hint = did_you_mean(_MEANT[plain] if _MEANT.get(plain) in known else plain, known)
             if name in self.config_file.lines:
-                messages.append(f"{self.config_file.at(name)} is an unknown key{did_you_mean(name, known)}")
+                messages.append(f"{self.config_file.at(name)} is an unknown key{hint}")
             elif word.startswith("-"):
-                messages.append(f"unknown argument {word}{did_you_mean(name.replace('-', '_'), known)}")
+                messages.append(f"unknown argument {word}{hint}")
         return ValueError("; ".join(messages or [f"unexpected arguments {' '.join(remaining)}"]))
 
     def _read_config(self, args: Sequence[str] | None) -> tuple[list[str], list[str]]:
