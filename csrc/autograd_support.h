@@ -7,10 +7,10 @@
 #include <optional>
 #include <string_view>
 
+#include "cpu/memory_pool.h"
+
 namespace trl_fast {
 
-// As trl_fast/ops/memory_pool.py has it: a smaller tensor would waste too much of a huge page.
-constexpr int64_t kPooledFromBytes = int64_t{8} << 20;
 using OptionalTensor = std::optional<at::Tensor>;
 
 // Finds an op of some library by its full name, whatever device it is for.

@@ -4,8 +4,10 @@
 #include <torch/extension.h>
 #include <torch/library.h>
 
+#include "cpu/layer_kernels.h"
 #include "cpu/memory_pool.h"
 #include "cpu/row_kernels.h"
+#include "cuda/tile_scores.h"
 #include "loss_formulas.h"
 #include "packed_logits.h"
 #include "row_types.h"
@@ -36,6 +38,14 @@ pybind11::dict build_info() {
   return info;
 }
 
+// Returns names in the order of their numbers, 0 and on.
+template <typename Enum>
+pybind11::tuple by_number(std::initializer_list<std::pair<Enum, const char*>> names) {
+  pybind11::tuple ordered(names.size());
+  for (const auto& [number, name] : names) ordered[static_cast<size_t>(number)] = name;
+  return ordered;
+}
+
 // Returns the constants that kernels/shared_constants.py has under the same names. trl_fast/ops/backends.py compares
 // them when it loads the extension.
 pybind11::dict shared_constants() {
@@ -58,6 +68,19 @@ pybind11::dict shared_constants() {
   constants["PACKED_LOWEST_CODE"] = kLowestCode;
   constants["PACKED_MINUS_INF_CODE"] = kMinusInfCode;
   constants["POLICY_LOSS_BLOCK"] = kPolicyLossBlock;
+  constants["NORM_CASTS"] =
+      by_number<NormCast>({{NormCast::kLlama, "llama"}, {NormCast::kGemma, "gemma"}, {NormCast::kOlmo, "olmo"}});
+  constants["ACTIVATIONS"] = by_number<Activation>(
+      {{Activation::kSilu, "silu"}, {Activation::kGeluTanh, "gelu_tanh"}, {Activation::kGelu, "gelu"}});
+  constants["PAIRS"] = by_number<Pairs>(
+      {{Pairs::kHalves, "halves"}, {Pairs::kAdjacent, "adjacent"}, {Pairs::kAdjacentToHalves, "adjacent_to_halves"}});
+  constants["NORM_BLOCK"] = kNormBlock;
+  constants["TOKEN_BLOCK"] = kTokenBlock;
+  constants["FEWEST_WORKERS"] = kFewestWorkers;
+  constants["NUMBERS_OF_WORKERS"] = kNumbersOfWorkers;
+  constants["POOLED_FROM_BYTES"] = kPooledFromBytes;
+  constants["FUSED_ROWS"] = kFusedRows;
+  constants["FUSED_PART_COLUMNS"] = kPartColumns;
   return constants;
 }
 

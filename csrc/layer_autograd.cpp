@@ -5,7 +5,6 @@
 // device.
 #include "autograd_support.h"
 #include "cpu/layer_kernels.h"
-#include "cpu/memory_pool.h"
 #include "layer_arguments.h"
 
 namespace trl_fast {
@@ -15,9 +14,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Function;
 using torch::autograd::variable_list;
 using Both = std::tuple<at::Tensor, at::Tensor>;
-
-// As trl_fast/ops/layers/kernels.py has it: workers on a GPU, each of which leaves sums of a weight's gradient.
-constexpr int64_t kFewestWorkers = 256, kNumbersOfWorkers = int64_t{1} << 20;
 
 OptionalTensor contiguous(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;

@@ -14,6 +14,10 @@ struct Rows {
   int64_t strides[3];  // elements
 };
 
+// Workers on a GPU that take a weight's gradient apart: enough to fill one, and fewer the wider a row is. Each leaves
+// a row of sums; kernels/shared_constants.py has the same numbers, so that they are the same on every GPU.
+constexpr int64_t kFewestWorkers = 256, kNumbersOfWorkers = int64_t{1} << 20;
+
 // Where numbers are rounded on the way from the normalised row n = x rstd to the result.
 enum class NormCast : int {
   kLlama = 0,  // weight * dtype(n)

@@ -10,8 +10,12 @@
 #include <c10/core/Allocator.h>
 
 #include <cstddef>
+#include <cstdint>
 
 namespace trl_fast {
+
+// A smaller tensor does not come from the pool: it would waste too much of a huge page.
+constexpr int64_t kPooledFromBytes = int64_t{8} << 20;
 
 // Returns the pool as an allocator. Its tensors are ordinary CPU tensors with uninitialised contents; their memory
 // returns to the pool when they are freed.

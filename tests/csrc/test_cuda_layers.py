@@ -13,9 +13,7 @@ from benchmarks.compiled_cuda_kernels import compile_cuda_kernels, find_nvcc
 from support import layer_kernels as checks
 from support.host_kernels import DTYPES, run_sanitized
 from support.targets import QUICK_TARGETS
-from trl_fast.ops.layers.gated_activation import ACTIVATIONS
-from trl_fast.ops.layers.norm_casts import NORM_CASTS
-from trl_fast.ops.layers.rotations import PAIRS
+from trl_fast.kernels.shared_constants import ACTIVATIONS, NORM_CASTS, PAIRS
 
 pytestmark = pytest.mark.gpu_code
 

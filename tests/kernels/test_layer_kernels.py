@@ -13,6 +13,7 @@ from support import layer_errors
 from support import layer_kernels as checks
 from support.triton_interpreter import interpreted_kernels
 from trl_fast.kernels import layer_kernels, rotary_kernels
+from trl_fast.kernels.shared_constants import ACTIVATIONS, NORM_CASTS, PAIRS
 from trl_fast.ops.layers import (
     chunked_gated_activation,
     gated_activation,
@@ -22,9 +23,6 @@ from trl_fast.ops.layers import (
     rotary,
 )
 from trl_fast.ops.layers import kernels as layer_ops
-from trl_fast.ops.layers.gated_activation import ACTIVATIONS
-from trl_fast.ops.layers.norm_casts import NORM_CASTS
-from trl_fast.ops.layers.rotations import PAIRS
 
 # The package has a function of that name.
 embedding = importlib.import_module("trl_fast.ops.layers.embedding")

@@ -33,7 +33,7 @@ def test_the_extension_has_the_constants_of_python():
 
 
 def test_constants_are_all_listed():
-    assert len(SHARED_CONSTANTS) == 18 and SHARED_CONSTANTS["PACKED_CHUNK"] == 2048
+    assert len(SHARED_CONSTANTS) == 28 and SHARED_CONSTANTS["PACKED_CHUNK"] == 2048
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,11 @@ def test_constants_are_all_listed():
     [
         ("PACKED_CHUNK", 1024, "PACKED_CHUNK is 1024 in the extension and 2048 in kernels/shared_constants.py"),
         ("TARGET", None, "TARGET is missing in the extension and 5 in kernels/shared_constants.py"),
+        (
+            "PAIRS",
+            ("adjacent", "halves", "adjacent_to_halves"),
+            "PAIRS is ('adjacent', 'halves', 'adjacent_to_halves') in the extension",
+        ),
         ("NEW_STATE", 7, "NEW_STATE is 7 in the extension and missing in kernels/shared_constants.py"),
     ],
 )

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from trl_fast.ops.layers.gated_activation import _BACKWARD_OF, _FORWARD_OF, ACTIVATIONS
-from trl_fast.ops.layers.norm_casts import NORM_CASTS, norm_backward_reference, norm_reference
-from trl_fast.ops.layers.rotations import PAIRS, turn_reference
+from trl_fast.kernels.shared_constants import ACTIVATIONS, NORM_CASTS, PAIRS
+from trl_fast.ops.layers.gated_activation import _BACKWARD_OF, _FORWARD_OF
+from trl_fast.ops.layers.norm_casts import norm_backward_reference, norm_reference
+from trl_fast.ops.layers.rotations import turn_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # One row, odd widths, widths of each way to share a row among threads, and one that no thread's registers hold.

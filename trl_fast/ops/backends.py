@@ -121,7 +121,7 @@ def _register_fakes() -> None:
         return torch.empty(size, dtype=dtype)
 
 
-def _difference_of_constants(compiled: Mapping[str, float]) -> str:
+def _difference_of_constants(compiled: Mapping[str, object]) -> str:
     """Returns the first shared constant of which the extension has another value than Python; empty if there is none.
 
     compiled: the extension's constants by name.

@@ -7,12 +7,11 @@ import math
 import torch
 from torch._subclasses.functional_tensor import FunctionalTensor
 
+from trl_fast.kernels.shared_constants import POOLED_FROM_BYTES
+
 from .backends import load_extension
 from .device import device_facts
 from .gradient_scale import scale_in_place
-
-# The pool's blocks are huge pages of 2 MiB: a smaller tensor would waste too much of one.
-_POOLED_FROM_BYTES = 8 << 20
 
 
 def pooled_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -36,7 +35,7 @@ def reused_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.devic
 
 
 def _is_pooled(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> bool:
-    large = math.prod(shape) * dtype.itemsize >= _POOLED_FROM_BYTES
+    large = math.prod(shape) * dtype.itemsize >= POOLED_FROM_BYTES
     return large and device_facts(device).kind == "cpu" and load_extension().ok
 
 

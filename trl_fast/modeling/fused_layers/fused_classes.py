@@ -14,13 +14,13 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from trl_fast.ops.layers import (
     ACTIVATIONS,
+    NormCast,
     chunked_gated_activation,
     gated_activation,
     norm_and_residual,
     residual_rms_norm,
     rms_norm,
 )
-from trl_fast.ops.layers.norm_casts import NormCast
 
 from .code_meaning import EPS_NAMES
 from .known_code import GATED_MLP, LAYER_NORM, KnownClass, known_class

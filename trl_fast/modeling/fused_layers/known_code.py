@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from trl_fast.ops.layers.norm_casts import NormCast
+from trl_fast.ops.layers import NormCast
 
 from .code_meaning import does
 

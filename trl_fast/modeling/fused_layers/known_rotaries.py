@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
-from trl_fast.ops.layers.rotations import Pairs
+from trl_fast.ops.layers import Pairs
 
 from .code_meaning import does
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from trl_fast.kernels.shared_constants import FUSED_PART_COLUMNS, FUSED_ROWS
+
 from ..backends import Support, load_cuda_kernels, why_not_built
 
 # What the kernel is compiled for.
@@ -20,11 +22,11 @@ CAPABILITY = (9, 0)
 class CutlassTiles(NamedTuple):
     """Holds rows of a tile of logits, and columns of a part of one, which are a chunk of kept logits.
 
-    They are compiled in: csrc/cuda/tile_scores.h has the same numbers. capped: as of Triton's tiles.
+    They are compiled in. capped: as of Triton's tiles.
     """
 
-    rows: int = 128
-    columns: int = 64
+    rows: int = FUSED_ROWS
+    columns: int = FUSED_PART_COLUMNS
     capped: bool = True
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import torch
 
+from trl_fast.kernels.shared_constants import ACTIVATIONS
+
 from ..backends import choose_backend
 from ..device import device_facts
 from ..eager_ops import eager_op
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext
-from .gated_activation import ACTIVATIONS, BACKWARD, FORWARD
+from .gated_activation import BACKWARD, FORWARD
 
 
 def _backend(gate_up: torch.Tensor, backend: str | None) -> str:

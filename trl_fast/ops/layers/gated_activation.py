@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from trl_fast.kernels.shared_constants import ACTIVATIONS, Activation
+
 from ..backends import choose_backend
 from ..device import device_facts
 from ..eager_ops import eager_op
@@ -24,8 +26,7 @@ def _gelu_tanh(x: torch.Tensor) -> torch.Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-# The numbers are those of `Activation` in csrc/layer_types.h: the place in this table.
-_FORWARD_OF: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+_FORWARD_OF: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": _gelu_tanh,
     "gelu": F.gelu,
@@ -35,7 +36,6 @@ _BACKWARD_OF: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = 
     "gelu_tanh": lambda grad, x: torch.ops.aten.gelu_backward.default(grad, x, approximate="tanh"),
     "gelu": torch.ops.aten.gelu_backward.default,
 }
-ACTIVATIONS = tuple(_FORWARD_OF)
 
 
 def _forward_in_torch(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 
-from .kernels import by_kernels, layer_kernel, new_partials
-from .norm_casts import NORM_CASTS, norm_backward_reference, norm_reference
-from .rotations import PAIRS, room_by_tokens, turn_reference, with_contiguous_rows
+from trl_fast.kernels.shared_constants import NORM_CASTS, PAIRS, TOKEN_BLOCK
 
-# Tokens whose gradients by a weight the C++ kernel sums into one row (kTokenBlock of csrc/cpu/layer_kernels.h).
-_TOKENS_A_BLOCK = 16
+from .kernels import by_kernels, layer_kernel, new_partials
+from .norm_casts import norm_backward_reference, norm_reference
+from .rotations import room_by_tokens, turn_reference, with_contiguous_rows
 
 
 def _by_norms(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -122,7 +121,7 @@ def _backward_by_kernel(
     *way: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     out = room_by_tokens(x)
-    blocks = (x.shape[0] * x.shape[2] + _TOKENS_A_BLOCK - 1) // _TOKENS_A_BLOCK
+    blocks = (x.shape[0] * x.shape[2] + TOKEN_BLOCK - 1) // TOKEN_BLOCK
     partials = new_partials(backend, x, len(weight), len(rstd), blocks) if needs_weight else None
     grad, *angles = with_contiguous_rows(grad, cos, sin)
     turn = (*angles, PAIRS.index(way[0]), *way[1:])

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-# Sums of a weight's gradient on a GPU, in float32: each worker, of which there are enough to fill one, leaves a row.
-_FEWEST_WORKERS, _NUMBERS_OF_WORKERS = 256, 2**20
+from trl_fast.kernels.shared_constants import FEWEST_WORKERS, NUMBERS_OF_WORKERS
 
 
 def by_kernels(run: Callable) -> dict[str, Callable]:
@@ -35,5 +34,5 @@ def new_partials(backend: str, x: torch.Tensor, width: int, rows: int, blocks: i
     x: of any shape, tells the device. rows: that have a part in it, which workers share on a GPU: as many on every
     one, so that the same numbers are added in the same order. blocks: of them, whose sums a C++ kernel gives.
     """
-    sums = blocks if backend == "cpp" else min(rows, max(_FEWEST_WORKERS, _NUMBERS_OF_WORKERS // width))
+    sums = blocks if backend == "cpp" else min(rows, max(FEWEST_WORKERS, NUMBERS_OF_WORKERS // width))
     return x.new_empty(sums, width, dtype=torch.float32)

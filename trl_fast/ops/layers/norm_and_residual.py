@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from trl_fast.kernels.shared_constants import NORM_CASTS, NormCast
+
 from ..eager_ops import eager_op
 from ..named_gradients import AutogradContext, first_derivative
-from .norm_casts import NORM_CASTS, NormCast, check_norm
+from .norm_casts import check_norm
 from .rms_norm import rms_norm_and_rstd, rms_norm_backward
 
 

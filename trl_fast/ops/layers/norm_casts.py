@@ -11,13 +11,9 @@ and dtype(n) without a weight. With g the gradient by n, the one by x is r (g - 
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 
-NormCast = Literal["llama", "gemma", "olmo"]
-# The numbers are those of `NormCast` in csrc/layer_types.h: the place in this table.
-NORM_CASTS: tuple[NormCast, ...] = get_args(NormCast)
+from trl_fast.kernels.shared_constants import NORM_CASTS
 
 
 def check_norm(x: torch.Tensor, weight: torch.Tensor | None, cast: str) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from trl_fast.kernels.shared_constants import NORM_CASTS, PAIRS, NormCast, Pairs
+
 from ..backends import choose_backend
 from ..device import device_facts
 from ..eager_ops import eager_op
 from ..named_gradients import AutogradContext
 from .head_norms import BACKWARD, FORWARD, new_rstd
-from .norm_casts import NORM_CASTS, NormCast
-from .rotations import PAIRS, Pairs, check_angles, check_heads, empty_by_tokens
+from .rotations import check_angles, check_heads, empty_by_tokens
 
 
 @torch.library.custom_op("trl_fast::qk_norm_rotary", mutates_args=())

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
+from trl_fast.kernels.shared_constants import NORM_CASTS, NormCast
+
 from ..backends import choose_backend
 from ..device import device_facts
 from ..eager_ops import eager_op
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext
 from .kernels import by_kernels, layer_kernel
-from .norm_casts import NORM_CASTS, NormCast, check_norm, norm_reference
+from .norm_casts import check_norm, norm_reference
 from .rms_norm import rms_norm_backward
 
 

@@ -9,16 +9,15 @@ from typing import Any
 
 import torch
 
+from trl_fast.kernels.shared_constants import NORM_BLOCK, NORM_CASTS, NormCast
+
 from ..backends import choose_backend
 from ..device import device_facts
 from ..eager_ops import eager_op
 from ..memory_pool import reused_empty
 from ..named_gradients import AutogradContext
 from .kernels import by_kernels, layer_kernel, new_partials
-from .norm_casts import NORM_CASTS, NormCast, check_norm, norm_backward_reference, norm_reference
-
-# Rows whose gradients by the weight the C++ kernel sums into one row (kNormBlock of csrc/cpu/layer_kernels.h).
-_ROWS_A_BLOCK = 64
+from .norm_casts import check_norm, norm_backward_reference, norm_reference
 
 
 def _norm_in_torch(
@@ -81,7 +80,7 @@ def _backward_by_kernel(
     needs_weight: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     grad_x = reused_empty(x.shape, x.dtype, x.device) if needs_x else None
-    blocks = (len(rstd) + _ROWS_A_BLOCK - 1) // _ROWS_A_BLOCK
+    blocks = (len(rstd) + NORM_BLOCK - 1) // NORM_BLOCK
     partials = new_partials(backend, x, x.shape[-1], len(rstd), blocks) if needs_weight else None
     weight = None if weight is None else weight.contiguous()
     number = NORM_CASTS.index(cast)

@@ -9,21 +9,14 @@ from typing import Any
 
 import torch
 
+from trl_fast.kernels.shared_constants import PAIRS, Pairs
+
 from ..backends import choose_backend
 from ..device import device_facts
 from ..eager_ops import eager_op
 from ..named_gradients import AutogradContext
 from .kernels import by_kernels, layer_kernel
-from .rotations import (
-    PAIRS,
-    Pairs,
-    check_angles,
-    check_heads,
-    empty_by_tokens,
-    room_by_tokens,
-    turn_reference,
-    with_contiguous_rows,
-)
+from .rotations import check_angles, check_heads, empty_by_tokens, room_by_tokens, turn_reference, with_contiguous_rows
 
 
 def _in_torch(x: torch.Tensor, *rotation: Any) -> torch.Tensor:

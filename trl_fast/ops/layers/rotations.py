@@ -6,15 +6,11 @@ to the dtype, or the whole is computed in float32 and rounded once. Backward is 
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
 import torch
 
-from ..memory_pool import reused_empty
+from trl_fast.kernels.shared_constants import PAIRS
 
-Pairs = Literal["halves", "adjacent", "adjacent_to_halves"]
-# The numbers are those of `Pairs` in csrc/layer_types.h: the place in this table.
-PAIRS: tuple[Pairs, ...] = get_args(Pairs)
+from ..memory_pool import reused_empty
 
 
 def check_heads(query: torch.Tensor, key: torch.Tensor | None) -> None:
