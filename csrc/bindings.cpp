@@ -27,6 +27,7 @@ pybind11::dict build_info() {
   pybind11::dict info;
   info["isas"] = compiled_isas();
   info["isa"] = chosen_isa();
+  info["refused_isa"] = refused_isa();
   info["row_threads"] = row_threads();
   info["compiler"] = __VERSION__;
   info["torch_version"] = TORCH_VERSION;

@@ -10,6 +10,7 @@ namespace {
 constexpr float kLog2OfE = 1.44269504088896341f;
 constexpr int64_t kStrips = kBand / kStrip;
 static_assert(kBand % kStrip == 0 && kKeyBlock == 2 * kBand && kBand % (2 * kWidth) == 0);
+static_assert(trl_fast::kMostPanelKeys % kBand == 0, "a block's packed keys are whole bands");
 
 // 2^x to 3e-6, for what is rounded to 8 bits: a minimax polynomial of the part above the integer below, and a power of
 // two. What is far below the normal range gives 0; NaN stays NaN.
@@ -40,10 +41,6 @@ inline Vec power_of_two(Vec x) {
 int64_t band_rows(const AttentionArgs& args) { return whole_bands(most_rows(args)); }
 
 BFloat16* take_narrow(Room& room, int64_t n) { return reinterpret_cast<BFloat16*>(room.take((n + 1) / 2)); }
-
-Seen* take_seen(Room& room, int64_t rows) {
-  return reinterpret_cast<Seen*>(room.take(sizeof(Seen) / sizeof(float) * rows / kStrip));
-}
 
 // Copies a tile's rows of (heads, T, width) to whole bands of whole bands, with zeros for what is missing.
 void gather_rows(const AttentionArgs& args, const AttentionHeads& heads, int64_t group, const Tile& tile,

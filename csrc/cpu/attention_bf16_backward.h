@@ -63,11 +63,7 @@ struct Backward {
   BFloat16* grad_scores;           // (kBand, kKeyBlock)
   BFloat16* weights_as_steps;      // right factors: keys as lanes, rows as steps
   BFloat16* grad_scores_as_steps;  //
-  float* lse;                      // (rows,) exponents of two
-  float* deltas;                   // (rows,)
-  float* grad_query;               // (rows, key_width) of the span's blocks, without the scale
-  float** sums;                    // (rows,) where the gradients of queries are summed over spans
-  Seen* seen;                      // of each strip
+  TileGradients gradients;         // log-sum-exps as exponents of two
   int64_t key_width, value_width;
 };
 
@@ -92,18 +88,8 @@ Backward backward_room(const AttentionArgs& args, Room& room) {
   b.grad_scores = take_narrow(room, kBand * kKeyBlock);
   b.weights_as_steps = take_narrow(room, rows * kKeyBlock);
   b.grad_scores_as_steps = take_narrow(room, rows * kKeyBlock);
-  b.lse = room.take(rows);
-  b.deltas = room.take(rows);
-  b.grad_query = room.take(rows * b.key_width);
-  b.sums = reinterpret_cast<float**>(room.take(2 * rows));
-  b.seen = take_seen(room, rows);
+  b.gradients = tile_gradients_room(room, rows, b.key_width);
   return b;
-}
-
-int64_t backward_scratch(const AttentionArgs& args) {
-  Room room{nullptr};
-  backward_room(args, room);
-  return room.used;
 }
 
 void begin_block(const AttentionArgs& args, int64_t group, const KeyBlock& block, const Backward& b,
@@ -130,6 +116,11 @@ void write_transposed(const float* from, float factor, int64_t width, int64_t gr
   }
 }
 
+void end_block(const AttentionArgs& args, int64_t group, const KeyBlock& block, const BlockAtWork& at_work) {
+  write_transposed(at_work.grad_key, args.scale, args.width, group, block, args.grad_key);
+  write_transposed(at_work.grad_value, 1.0f, args.value_width, group, block, args.grad_value);
+}
+
 // Packs rows (rows, width) as left factor whose lanes are channels: tiles in the order of channels and, of each, rows.
 void pack_as_steps(const BFloat16* rows, int64_t num_rows, int64_t width, BFloat16* to) {
   for (int64_t channel = 0; channel < width; channel += kLanes) {
@@ -145,15 +136,8 @@ void load_tile(const AttentionArgs& args, const Backward& b, const Tile& tile, i
   gather_rows(args, args.grad, group, tile, args.value_width, b.grad);
   pack_as_steps(b.query, rows, b.key_width, b.query_as_steps);
   pack_as_steps(b.grad, rows, b.value_width, b.grad_as_steps);
-  std::fill(b.grad_query, b.grad_query + rows * b.key_width, 0.0f);
-  clear_last_strips(tile, b.seen);
-  for_rows(args, group, tile, [&](int64_t row, int64_t head, int64_t token) {
-    b.lse[row] = args.lse[head * args.tokens + token] * kLog2OfE;
-    b.deltas[row] = args.deltas[head * args.tokens + token];
-    b.sums[row] = row_of<float>(args.grad_query, head, token);
-  });
-  std::fill(b.lse + tile.rows, b.lse + rows, 0.0f);
-  std::fill(b.deltas + tile.rows, b.deltas + rows, 0.0f);
+  begin_tile(args, group, tile, rows, kLog2OfE, b.gradients);
+  clear_last_strips(tile, b.gradients.seen);
 }
 
 // A strip's scores: of rows from `row` of the tile on, `inside` of its band, of the band's columns [begin, end).
@@ -167,7 +151,7 @@ template <bool kCapped, bool kMasked>
 inline void differentiate_row(const AttentionArgs& args, const Backward& b, const StripBackward& at, int64_t r,
                               int64_t column, const ScoreFactors& factors, Vec (&weights)[2], Vec (&by_scores)[2]) {
   const int64_t place = (at.inside + r) * kKeyBlock + column;
-  const Vec lse = splat(b.lse[at.row + r]), delta = splat(b.deltas[at.row + r]);
+  const Vec lse = splat(b.gradients.lse[at.row + r]), delta = splat(b.gradients.deltas[at.row + r]);
   for (int v = 0; v < 2; ++v) {
     Vec scores = load(b.scores + place + v * kWidth), derivative = splat(1.0f);
     if constexpr (kCapped) {
@@ -210,7 +194,7 @@ void differentiate(const AttentionArgs& args, const Backward& b, const StripBack
 // Computes the weights of a band and the gradient of its scores, and adds the block's share of that of its queries.
 void differentiate_band(const AttentionArgs& args, const Backward& b, int64_t row, int64_t rows,
                         const BlockAtWork& block) {
-  const Seen* const seen = b.seen + row / kStrip;
+  const Seen* const seen = b.gradients.seen + row / kStrip;
   const BandSeen band(seen);
   if (!band.any) return;
   const int64_t begin = band.begin(), size = band.end() - begin;
@@ -227,11 +211,11 @@ void differentiate_band(const AttentionArgs& args, const Backward& b, int64_t ro
   }
   multiply_tiles<true>(rows, band_of(b.grad_scores + begin, 0, kKeyBlock),
                        steps_from(begin, block.keys_as_steps, args.width), b.key_width, size / kSteps,
-                       b.grad_query + row * b.key_width, b.key_width);
+                       b.gradients.query + row * b.key_width, b.key_width);
 }
 
 // Adds a tile's share of the gradients of a block's keys and values. Bands that see some of a block's keys follow one
-// another: neither begin nor end of what a token sees lies before that of an earlier token.
+// another: neither begin nor end of what a token sees lies before that of an earlier token, as no runs overlap.
 void add_to_keys(const Backward& b, const Tile& tile, const BlockAtWork& block) {
   const int64_t bands = whole_bands(tile.rows) / kBand;
   const auto add = [&](const BFloat16* left, const BFloat16* right, int64_t key, int64_t begin, int64_t end,
@@ -246,8 +230,8 @@ void add_to_keys(const Backward& b, const Tile& tile, const BlockAtWork& block) 
   };
   for (int64_t key = 0; key < kKeyBlock; key += kBand) {
     int64_t begin = 0, end = bands;
-    while (begin < end && !BandSeen(b.seen + begin * kStrips).sees(key)) ++begin;
-    while (begin < end && !BandSeen(b.seen + (end - 1) * kStrips).sees(key)) --end;
+    while (begin < end && !BandSeen(b.gradients.seen + begin * kStrips).sees(key)) ++begin;
+    while (begin < end && !BandSeen(b.gradients.seen + (end - 1) * kStrips).sees(key)) --end;
     if (begin == end) continue;
     add(b.grad_as_steps, b.weights_as_steps, key, begin, end, b.value_width, block.grad_value);
     add(b.query_as_steps, b.grad_scores_as_steps, key, begin, end, b.key_width, block.grad_key);
@@ -255,29 +239,20 @@ void add_to_keys(const Backward& b, const Tile& tile, const BlockAtWork& block) 
 }
 
 void backward(const AttentionArgs& args, int64_t task, float* scratch) {
-  const int64_t group = task % args.groups, number = task / args.groups;
-  const trl_fast::KeySpan& span = args.plan.spans[number];
-  const KeyBlock* const blocks = args.plan.blocks + span.first_block;
   const TileSession session;
   Room room{scratch};
   const Backward b = backward_room(args, room);
-  for (int64_t n = 0; n < span.num_blocks; ++n) begin_block(args, group, blocks[n], b, b.blocks[n]);
-  for (int64_t place = args.plan.span_offsets[number]; place < args.plan.span_offsets[number + 1]; ++place) {
-    const Tile tile = tile_of(args, args.plan.span_tiles[place]);
-    load_tile(args, b, tile, group);
-    for (int64_t n = 0; n < span.num_blocks; ++n) {
-      if (!look(args, tile, blocks[n], b.seen)) continue;
-      for (int64_t row = 0; row < tile.rows; row += kBand) {
-        differentiate_band(args, b, row, std::min(kBand, tile.rows - row), b.blocks[n]);
-      }
-      add_to_keys(b, tile, b.blocks[n]);
-    }
-    add_in_turn(args, group, place, tile, b.grad_query, b.key_width, b.sums);
-  }
-  for (int64_t n = 0; n < span.num_blocks; ++n) {
-    write_transposed(b.blocks[n].grad_key, args.scale, args.width, group, blocks[n], args.grad_key);
-    write_transposed(b.blocks[n].grad_value, 1.0f, args.value_width, group, blocks[n], args.grad_value);
-  }
+  for_span(
+      args, task, b.gradients,
+      [&](int64_t group, const KeyBlock& block, int64_t n) { begin_block(args, group, block, b, b.blocks[n]); },
+      [&](int64_t group, const Tile& tile) { load_tile(args, b, tile, group); },
+      [&](const Tile& tile, const KeyBlock&, int64_t n) {
+        for (int64_t row = 0; row < tile.rows; row += kBand) {
+          differentiate_band(args, b, row, std::min(kBand, tile.rows - row), b.blocks[n]);
+        }
+        add_to_keys(b, tile, b.blocks[n]);
+      },
+      [&](int64_t group, const KeyBlock& block, int64_t n) { end_block(args, group, block, b.blocks[n]); });
 }
 
 }  // namespace

@@ -70,12 +70,6 @@ Softmax forward_room(const AttentionArgs& args, Room& room) {
   return s;
 }
 
-int64_t forward_scratch(const AttentionArgs& args) {
-  Room room{nullptr};
-  forward_room(args, room);
-  return room.used;
-}
-
 // A strip's scores and weights: of rows from `row` of the tile on, of the band's columns [begin, end).
 struct StripAtWork {
   const Seen& seen;

@@ -28,8 +28,8 @@ Result by_dtype(const AttentionArgs& args, Rest... rest) {
 
 extern const AttentionKernels TRL_FAST_JOIN(kAttentionKernels, CPU_CAPABILITY);
 const AttentionKernels TRL_FAST_JOIN(kAttentionKernels, CPU_CAPABILITY) = {
-    by_dtype<::forward_scratch, &AttentionKernels::forward_scratch, int64_t>,
-    by_dtype<::backward_scratch, &AttentionKernels::backward_scratch, int64_t>,
+    by_dtype<scratch_of<forward_room>, &AttentionKernels::forward_scratch, int64_t>,
+    by_dtype<scratch_of<backward_room>, &AttentionKernels::backward_scratch, int64_t>,
     by_dtype<::packed_keys_size, &AttentionKernels::packed_keys_size, int64_t>,
     by_dtype<::packed_values_size, &AttentionKernels::packed_values_size, int64_t>,
     by_dtype<::pack, &AttentionKernels::pack, void>,

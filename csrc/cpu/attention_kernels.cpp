@@ -66,14 +66,8 @@ Softmax forward_room(const AttentionArgs& args, Room& room) {
   s.tops = room.take(rows);
   s.sums = room.take(rows * kWidth);
   s.scores = room.take(kStrip * kKeyBlock);
-  s.seen = reinterpret_cast<Seen*>(room.take(sizeof(Seen) / sizeof(float) * rows / kStrip));
+  s.seen = take_seen(room, rows);
   return s;
-}
-
-int64_t forward_scratch(const AttentionArgs& args) {
-  Room room{nullptr};
-  forward_room(args, room);
-  return room.used;
 }
 
 // Raises the tops of a strip's rows to their largest score.
@@ -223,11 +217,7 @@ struct Backward {
   float* grad;         // (rows, value_columns)
   float* weights;      // (rows, kKeyBlock)
   float* grad_scores;  // (rows, kKeyBlock)
-  float* lse;          // (rows,)
-  float* deltas;       // (rows,)
-  float* grad_query;   // (rows, key_columns) of the span's blocks, without the scale
-  float** sums;        // (rows,) where the gradients of queries are summed over spans
-  Seen* seen;          // of each strip
+  TileGradients gradients;
   int64_t key_columns, value_columns;
 };
 
@@ -247,18 +237,8 @@ Backward backward_room(const AttentionArgs& args, Room& room) {
   b.grad = room.take(rows * b.value_columns);
   b.weights = room.take(rows * kKeyBlock);
   b.grad_scores = room.take(rows * kKeyBlock);
-  b.lse = room.take(rows);
-  b.deltas = room.take(rows);
-  b.grad_query = room.take(rows * b.key_columns);
-  b.sums = reinterpret_cast<float**>(room.take(2 * rows));
-  b.seen = reinterpret_cast<Seen*>(room.take(sizeof(Seen) / sizeof(float) * rows / kStrip));
+  b.gradients = tile_gradients_room(room, rows, b.key_columns);
   return b;
-}
-
-int64_t backward_scratch(const AttentionArgs& args) {
-  Room room{nullptr};
-  backward_room(args, room);
-  return room.used;
 }
 
 template <typename T>
@@ -287,12 +267,7 @@ template <typename T>
 void load_tile(const AttentionArgs& args, const Backward& b, const Tile& tile, int64_t group) {
   gather<T>(args, args.query, group, tile, args.width, args.scale, b.key_columns, b.query);
   gather<T>(args, args.grad, group, tile, args.value_width, 1.0f, b.value_columns, b.grad);
-  std::fill(b.grad_query, b.grad_query + tile.whole_rows * b.key_columns, 0.0f);
-  for_rows(args, group, tile, [&](int64_t row, int64_t head, int64_t token) {
-    b.lse[row] = args.lse[head * args.tokens + token];
-    b.deltas[row] = args.deltas[head * args.tokens + token];
-    b.sums[row] = row_of<float>(args.grad_query, head, token);
-  });
+  begin_tile(args, group, tile, tile.whole_rows, 1.0f, b.gradients);
 }
 
 // Scores from products of scaled queries and keys; and the derivative of capped scores, if there is a cap.
@@ -310,7 +285,7 @@ void differentiate(const AttentionArgs& args, const Backward& b, int64_t row, co
   for (int64_t r = row; r < row + seen.rows; ++r) {
     float* const weights = b.weights + r * kKeyBlock;
     float* const grad_scores = b.grad_scores + r * kKeyBlock;
-    const Vec lse = splat(b.lse[r]), delta = splat(b.deltas[r]);
+    const Vec lse = splat(b.gradients.lse[r]), delta = splat(b.gradients.deltas[r]);
     for (int64_t i = at.begin; i < at.end; i += kWidth) {
       Vec derivative = splat(1.0f);
       Vec w = weight_vec(scores_of<kCapped>(args, load(weights + i), &derivative) - lse);
@@ -325,7 +300,7 @@ void differentiate(const AttentionArgs& args, const Backward& b, int64_t row, co
 // Computes weights (rows, kKeyBlock) of a tile and the gradient of its scores, zeros where nothing is seen.
 void compute_tile_weights(const AttentionArgs& args, const Backward& b, const Tile& tile, const BlockAtWork& block) {
   for (int64_t row = 0; row < tile.rows; row += kStrip) {
-    const Seen& seen = b.seen[row / kStrip];
+    const Seen& seen = b.gradients.seen[row / kStrip];
     float* const weights = b.weights + row * kKeyBlock;
     float* const grad_scores = b.grad_scores + row * kKeyBlock;
     if (seen.all != ~uint64_t{0}) {
@@ -351,49 +326,43 @@ void add_to_keys(const Backward& b, const Tile& tile, const KeyBlock& block, con
     const uint64_t keys = ((uint64_t{1} << kStrip) - 1) << key;
     const int64_t rows = std::min(kStrip, block.tokens - key);
     int64_t begin = 0, end = tile.whole_rows;
-    while (begin < end && !(b.seen[begin / kStrip].any & keys)) begin += kStrip;
-    while (begin < end && !(b.seen[end / kStrip - 1].any & keys)) end -= kStrip;
+    while (begin < end && !(b.gradients.seen[begin / kStrip].any & keys)) begin += kStrip;
+    while (begin < end && !(b.gradients.seen[end / kStrip - 1].any & keys)) end -= kStrip;
     if (begin == end) continue;
     const int64_t steps = std::min(end, tile.rows) - begin, from = begin * kKeyBlock + key;
-    multiply_rows<true>(rows, TransposedLeft{b.weights + from, kKeyBlock}, b.grad + begin * b.value_columns,
-                        b.value_columns, steps, b.value_columns, at_work.grad_value + key * b.value_columns,
-                        b.value_columns);
-    multiply_rows<true>(rows, TransposedLeft{b.grad_scores + from, kKeyBlock}, b.query + begin * b.key_columns,
-                        b.key_columns, steps, b.key_columns, at_work.grad_key + key * b.key_columns, b.key_columns);
+    add_product(rows, TransposedLeft{b.weights + from, kKeyBlock}, b.grad + begin * b.value_columns, b.value_columns,
+                steps, b.value_columns, at_work.grad_value + key * b.value_columns, b.value_columns);
+    add_product(rows, TransposedLeft{b.grad_scores + from, kKeyBlock}, b.query + begin * b.key_columns, b.key_columns,
+                steps, b.key_columns, at_work.grad_key + key * b.key_columns, b.key_columns);
   }
 }
 
 // Adds a block's share of the gradient of a tile's queries.
 void add_to_queries(const Backward& b, const Tile& tile, const KeyBlock& block, const BlockAtWork& at_work) {
   for (int64_t row = 0; row < tile.rows; row += kStrip) {
-    const Seen& seen = b.seen[row / kStrip];
+    const Seen& seen = b.gradients.seen[row / kStrip];
     if (!seen.any) continue;
     multiply_strip<true>(seen.rows, PlainLeft{b.grad_scores + row * kKeyBlock + seen.begin(), kKeyBlock},
                          at_work.keys_as_steps + seen.begin() * kTileColumns, block.tokens * kTileColumns,
-                         seen.end() - seen.begin(), b.key_columns, b.grad_query + row * b.key_columns, b.key_columns);
+                         seen.end() - seen.begin(), b.key_columns, b.gradients.query + row * b.key_columns,
+                         b.key_columns);
   }
 }
 
 template <typename T>
 void backward(const AttentionArgs& args, int64_t task, float* scratch) {
-  const int64_t group = task % args.groups, number = task / args.groups;
-  const trl_fast::KeySpan& span = args.plan.spans[number];
-  const KeyBlock* const blocks = args.plan.blocks + span.first_block;
   Room room{scratch};
   const Backward b = backward_room(args, room);
-  for (int64_t n = 0; n < span.num_blocks; ++n) begin_block<T>(args, group, blocks[n], b, b.blocks[n]);
-  for (int64_t place = args.plan.span_offsets[number]; place < args.plan.span_offsets[number + 1]; ++place) {
-    const Tile tile = tile_of(args, args.plan.span_tiles[place]);
-    load_tile<T>(args, b, tile, group);
-    for (int64_t n = 0; n < span.num_blocks; ++n) {
-      if (!look(args, tile, blocks[n], b.seen)) continue;
-      compute_tile_weights(args, b, tile, b.blocks[n]);
-      add_to_keys(b, tile, blocks[n], b.blocks[n]);
-      add_to_queries(b, tile, blocks[n], b.blocks[n]);
-    }
-    add_in_turn(args, group, place, tile, b.grad_query, b.key_columns, b.sums);
-  }
-  for (int64_t n = 0; n < span.num_blocks; ++n) end_block<T>(args, group, blocks[n], b, b.blocks[n]);
+  for_span(
+      args, task, b.gradients,
+      [&](int64_t group, const KeyBlock& block, int64_t n) { begin_block<T>(args, group, block, b, b.blocks[n]); },
+      [&](int64_t group, const Tile& tile) { load_tile<T>(args, b, tile, group); },
+      [&](const Tile& tile, const KeyBlock& block, int64_t n) {
+        compute_tile_weights(args, b, tile, b.blocks[n]);
+        add_to_keys(b, tile, block, b.blocks[n]);
+        add_to_queries(b, tile, block, b.blocks[n]);
+      },
+      [&](int64_t group, const KeyBlock& block, int64_t n) { end_block<T>(args, group, block, b, b.blocks[n]); });
 }
 
 // One of three functions by the dtype of `args`.
@@ -415,8 +384,8 @@ namespace trl_fast {
 
 extern const AttentionKernels TRL_FAST_JOIN(kAttentionKernels, CPU_CAPABILITY);
 const AttentionKernels TRL_FAST_JOIN(kAttentionKernels, CPU_CAPABILITY) = {
-    forward_scratch,
-    backward_scratch,
+    scratch_of<forward_room>,
+    scratch_of<backward_room>,
     packed_keys_size,
     packed_values_size,
     by_dtype<pack<float>, pack<BFloat16>, pack<Float16>>,

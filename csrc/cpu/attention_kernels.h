@@ -15,10 +15,11 @@ namespace trl_fast {
 
 // Keys of a block: which of them a token sees are the bits of a word.
 constexpr int64_t kKeyBlock = 64;
-// Backward takes up to so many blocks together: it reads and writes a tile's rows once for all of them. But threads
-// share a segment's spans, so it is cut into no fewer than kLeastSpans, if it has as many blocks.
+// Backward takes up to so many blocks together: it packs a tile's rows, and adds to the gradient of its queries, once
+// for all of them. But threads share the spans of a segment and of all groups, so these are no fewer than kLeastTasks,
+// if there are as many blocks.
 constexpr int64_t kSpanBlocks = 4;
-constexpr int64_t kLeastSpans = 8;
+constexpr int64_t kLeastTasks = 8;
 // A tile has about so many rows, one for each of its tokens and heads of the group.
 constexpr int64_t kAimedRows = 96;
 // Rows are multiplied in strips of at most so many.
@@ -63,10 +64,10 @@ struct KeySpan {
 struct AttentionPlan {
   const QueryTile* tiles;
   const KeyBlock* blocks;
-  const int32_t* tile_offsets;
+  const int64_t* tile_offsets;
   const int32_t* tile_blocks;
   const KeySpan* spans;
-  const int32_t* span_offsets;
+  const int64_t* span_offsets;
   const int32_t* span_tiles;
   const int32_t* span_turns;
 };

@@ -75,10 +75,11 @@ void cut_tiles(const AttentionArgs& args, AttentionRow& row, const std::vector<i
 }
 
 // Puts the blocks of each segment together to spans; returns the span of each block.
-std::vector<int32_t> cut_spans(AttentionRow& row, const std::vector<int64_t>& first_blocks) {
+std::vector<int32_t> cut_spans(AttentionRow& row, int64_t groups, const std::vector<int64_t>& first_blocks) {
+  const int64_t least = std::max<int64_t>(1, kLeastTasks / groups);
   std::vector<int32_t> span_of(row.blocks.size());
   for (size_t n = 0; n < row.segments.size(); ++n) {
-    const int64_t most = std::clamp((first_blocks[n + 1] - first_blocks[n]) / kLeastSpans, int64_t{1}, kSpanBlocks);
+    const int64_t most = std::clamp((first_blocks[n + 1] - first_blocks[n]) / least, int64_t{1}, kSpanBlocks);
     for (int64_t first = first_blocks[n]; first < first_blocks[n + 1]; first += most) {
       const int64_t blocks = std::min(most, first_blocks[n + 1] - first);
       std::fill_n(span_of.begin() + first, blocks, row.spans.size());
@@ -93,7 +94,7 @@ void turn_around(AttentionRow& row, const std::vector<int32_t>& span_of) {
   std::vector<std::vector<std::pair<int32_t, int32_t>>> tiles_of(row.spans.size());
   for (size_t tile = 0; tile < row.tiles.size(); ++tile) {
     int32_t last = -1, turn = 0;
-    for (int32_t n = row.tile_offsets[tile]; n < row.tile_offsets[tile + 1]; ++n) {
+    for (int64_t n = row.tile_offsets[tile]; n < row.tile_offsets[tile + 1]; ++n) {
       const int32_t span = span_of[row.tile_blocks[n]];
       if (span != last) tiles_of[span].emplace_back(tile, turn++);
       last = span;
@@ -141,10 +142,14 @@ AttentionRow::AttentionRow(const int64_t* segment_numbers, int64_t num_segments,
   }
   std::iota(first_in_runs.begin(), first_in_runs.end(), 0);
   std::iota(ends_of_runs.begin(), ends_of_runs.end(), 1);
+  int64_t last_end = 0;
   for (int64_t n = 0; n < num_runs; ++n) {
     const int64_t start = run_numbers[2 * n], end = run_numbers[2 * n + 1];
     if (start < 0 || end > tokens)
       throw std::invalid_argument("runs: number " + std::to_string(n) + " leaves the row");
+    if (start < last_end)
+      throw std::invalid_argument("runs: number " + std::to_string(n) + " begins before the end of the one before");
+    last_end = std::max(start, end);
     for (int64_t t = start; t < end; ++t) {
       if (whole_runs) first_in_runs[t] = start;
       ends_of_runs[t] = end;
@@ -158,7 +163,7 @@ void plan_attention(AttentionArgs& args, AttentionRow& row, int64_t window) {
   args.key_places = 0;
   const std::vector<int64_t> first_blocks = cut_blocks(row, args.key_places);
   cut_tiles(args, row, first_blocks);
-  turn_around(row, cut_spans(row, first_blocks));
+  turn_around(row, cut_spans(row, args.groups, first_blocks));
   args.num_tiles = row.tiles.size();
   args.num_blocks = row.blocks.size();
   args.num_spans = row.spans.size();

@@ -21,7 +21,8 @@ struct AttentionRow {
   std::vector<QueryTile> tiles;
   std::vector<KeyBlock> blocks;
   std::vector<KeySpan> spans;
-  std::vector<int32_t> tile_offsets, tile_blocks, span_offsets, span_tiles, span_turns, turns;
+  std::vector<int32_t> tile_blocks, span_tiles, span_turns, turns;
+  std::vector<int64_t> tile_offsets, span_offsets;  // pairs of a tile and a block: a million tokens may have 2^31
 
   // segments: start, end, tree_end, offset of each; runs: start and end of each, in tokens of the row. Throws
   // std::invalid_argument if they are not those of a row of so many tokens.

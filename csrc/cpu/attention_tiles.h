@@ -52,11 +52,20 @@ struct Room {
   }
 };
 
+// Floats of scratch memory that a function which lays it out takes.
+template <auto kLayOut>
+int64_t scratch_of(const AttentionArgs& args) {
+  Room room{nullptr};
+  kLayOut(args, room);
+  return room.used;
+}
+
 // A left factor of a product, the columns of a matrix as it lies: a number a row and step.
 struct TransposedLeft {
   const float* data;
   int64_t stride;
   float at(int row, int64_t step) const { return data[step * stride + row]; }
+  TransposedLeft from(int64_t step) const { return {data + step * stride, stride}; }
 };
 
 // Computes out (rows, columns) = left @ right or adds that to it, in whole vectors; right: panels of kTileColumns
@@ -76,17 +85,28 @@ inline void multiply_strip(int64_t rows, Left left, const float* right, int64_t 
   if (columns > 0) multiply_tile<kRows, kAdds, 1>(left, right, steps, out, out_stride);
 }
 
-// The same with a right factor as it lies, its rows the steps.
-template <bool kAdds, int kRows = kStrip, typename Left>
-inline void multiply_rows(int64_t rows, Left left, const float* right, int64_t right_stride, int64_t steps,
-                          int64_t columns, float* out, int64_t out_stride) {
+// Steps whose products are summed one after the other; their sums are added up before they are added to others.
+constexpr int64_t kSumSteps = 32;
+
+// Adds left @ right to out (rows, columns), with a right factor as it lies, its rows the steps.
+template <int kRows = kStrip, typename Left>
+inline void add_product(int64_t rows, Left left, const float* right, int64_t right_stride, int64_t steps,
+                        int64_t columns, float* out, int64_t out_stride) {
   if constexpr (kRows > 2) {
     if (rows <= kRows / 2) {
-      return multiply_rows<kAdds, kRows / 2>(rows, left, right, right_stride, steps, columns, out, out_stride);
+      return add_product<kRows / 2>(rows, left, right, right_stride, steps, columns, out, out_stride);
     }
   }
   for (int64_t column = 0; column < columns; column += kTileColumns) {
-    multiply_tile<kRows, kAdds>(left, right + column, steps, out + column, out_stride, right_stride);
+    float sums[kRows * kTileColumns] = {};
+    for (int64_t step = 0; step < steps; step += kSumSteps) {
+      multiply_tile<kRows, true>(left.from(step), right + step * right_stride + column,
+                                 std::min(kSumSteps, steps - step), sums, kTileColumns, right_stride);
+    }
+    for (int64_t i = 0; i < kRows * kTileColumns; i += kWidth) {
+      float* const to = out + i / kTileColumns * out_stride + column + i % kTileColumns;
+      store(to, load(to) + load(sums + i));
+    }
   }
 }
 
@@ -131,6 +151,10 @@ struct Seen {
   int64_t begin() const { return __builtin_ctzll(any); }
   int64_t end() const { return kKeyBlock - __builtin_clzll(any); }
 };
+
+inline Seen* take_seen(Room& room, int64_t rows) {
+  return reinterpret_cast<Seen*>(room.take(sizeof(Seen) / sizeof(float) * rows / kStrip));
+}
 
 // Writes what each strip of a tile sees of a block; returns whether that is anything.
 inline bool look(const AttentionArgs& args, const Tile& tile, const KeyBlock& block, Seen* seen) {
@@ -206,23 +230,79 @@ void pack_block(const AttentionHeads& heads, int64_t group, const KeyBlock& bloc
   }
 }
 
-// ---- gradients of queries
+// ---- backward
 
-// Adds a span's share of the gradient of a tile's queries, `share` (rows, stride) times the scale, to the sums of all
-// spans. place: where the plan lists the tile among the span's. In the order of the spans, whoever computes them: sums
-// do not depend on the number of threads.
-inline void add_in_turn(const AttentionArgs& args, int64_t group, int64_t place, const Tile& tile, const float* share,
-                        int64_t stride, float* const* sums) {
+// What backward has of the tile at work beside the numbers that are multiplied.
+struct TileGradients {
+  float* lse;     // (rows,), times a factor
+  float* deltas;  // (rows,)
+  float* query;   // (rows, stride) gradient by queries from a span's blocks, without the scale
+  float** sums;   // (rows,) where it is summed over spans
+  Seen* seen;     // of each strip
+  int64_t stride;
+};
+
+inline TileGradients tile_gradients_room(Room& room, int64_t rows, int64_t stride) {
+  TileGradients g;
+  g.stride = stride;
+  g.lse = room.take(rows);
+  g.deltas = room.take(rows);
+  g.query = room.take(rows * stride);
+  g.sums = reinterpret_cast<float**>(room.take(2 * rows));
+  g.seen = take_seen(room, rows);
+  return g;
+}
+
+// Begins a tile of which `rows` rows, those that it lacks too, are computed.
+inline void begin_tile(const AttentionArgs& args, int64_t group, const Tile& tile, int64_t rows, float lse_factor,
+                       const TileGradients& g) {
+  std::fill(g.query, g.query + rows * g.stride, 0.0f);
+  for_rows(args, group, tile, [&](int64_t row, int64_t head, int64_t token) {
+    g.lse[row] = args.lse[head * args.tokens + token] * lse_factor;
+    g.deltas[row] = args.deltas[head * args.tokens + token];
+    g.sums[row] = row_of<float>(args.grad_query, head, token);
+  });
+  std::fill(g.lse + tile.rows, g.lse + rows, 0.0f);
+  std::fill(g.deltas + tile.rows, g.deltas + rows, 0.0f);
+}
+
+// Adds a span's share of the gradient of a tile's queries, times the scale, to the sums of all spans. place: where the
+// plan lists the tile among the span's. In the order of the spans, whoever computes them: sums do not depend on the
+// number of threads.
+inline void add_in_turn(const AttentionArgs& args, int64_t group, int64_t place, const Tile& tile,
+                        const TileGradients& g) {
   int32_t* const turn = args.turns + group * args.num_tiles + args.plan.span_tiles[place];
   while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != args.plan.span_turns[place]) sched_yield();
-  for (int64_t row = 0; row < tile.rows; ++row, share += stride) {
+  const float* share = g.query;
+  for (int64_t row = 0; row < tile.rows; ++row, share += g.stride) {
     for (int64_t i = 0; i < args.width; i += kWidth) {
-      float* const to = sums[row] + i;
+      float* const to = g.sums[row] + i;
       const Vec sum = widen_first(to, args.width - i) + load(share + i) * splat(args.scale);
       narrow_part(sum, args.width - i, to);
     }
   }
   __atomic_store_n(turn, args.plan.span_turns[place] + 1, __ATOMIC_RELEASE);
+}
+
+// Goes over a span's tiles, and for each over the span's blocks of which it sees keys. In this order: begin(group,
+// block, n) for each block of the span, and for each tile load(group, tile) and add(tile, block, n); end(group, block,
+// n) for each block.
+template <typename Begin, typename Load, typename Add, typename End>
+inline void for_span(const AttentionArgs& args, int64_t task, const TileGradients& gradients, Begin begin, Load load,
+                     Add add, End end) {
+  const int64_t group = task % args.groups, number = task / args.groups;
+  const trl_fast::KeySpan& span = args.plan.spans[number];
+  const KeyBlock* const blocks = args.plan.blocks + span.first_block;
+  for (int64_t n = 0; n < span.num_blocks; ++n) begin(group, blocks[n], n);
+  for (int64_t place = args.plan.span_offsets[number]; place < args.plan.span_offsets[number + 1]; ++place) {
+    const Tile tile = tile_of(args, args.plan.span_tiles[place]);
+    load(group, tile);
+    for (int64_t n = 0; n < span.num_blocks; ++n) {
+      if (look(args, tile, blocks[n], gradients.seen)) add(tile, blocks[n], n);
+    }
+    add_in_turn(args, group, place, tile, gradients);
+  }
+  for (int64_t n = 0; n < span.num_blocks; ++n) end(group, blocks[n], n);
 }
 
 }  // namespace

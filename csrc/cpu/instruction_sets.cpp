@@ -4,7 +4,9 @@
 #include <unistd.h>
 #endif
 
+#include <cerrno>
 #include <cstdlib>
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -58,33 +60,42 @@ struct Candidate {
   const LayerKernels* layers;
   const ProductKernels* products;
   const AttentionKernels* attention;
-  bool (*runs)();  // on this CPU
+  std::string (*why_not)();  // empty if it runs here
 };
 
-bool anywhere() { return true; }
+const char* const kLacking = "this CPU lacks it";
+
+std::string why_not(bool runs) { return runs ? "" : kLacking; }
+
+std::string runs_anywhere() { return ""; }
 
 #ifdef TRL_FAST_HAS_AVX2
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+std::string why_not_avx2() {
+  return why_not(__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"));
 }
 #endif
 
 #ifdef TRL_FAST_HAS_AVX512
-bool has_avx512() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("fma");
+std::string why_not_avx512() {
+  return why_not(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                 __builtin_cpu_supports("fma"));
 }
 #endif
 
 #ifdef TRL_FAST_HAS_AMX
-// Linux saves tiles for processes only that have asked for it.
-bool has_amx() {
+// Linux saves tiles for processes only that have asked for it; it refuses those with a small stack for signals.
+std::string why_not_amx() {
 #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("amx-tile") &&
-         __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  if (!why_not_avx512().empty() || !__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("amx-tile") ||
+      !__builtin_cpu_supports("amx-bf16")) {
+    return kLacking;
+  }
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return "";
+  return std::string("Linux does not let this process use its tiles: ") + std::strerror(errno);
 #else
-  return false;
+  return kLacking;
 #endif
 }
 #endif
@@ -93,43 +104,49 @@ bool has_amx() {
 const Candidate kCandidates[] = {
 #ifdef TRL_FAST_HAS_AMX
     {"amx", &kRowKernelsAVX512, &kSparseKernelsAVX512, &kDivergenceKernelsAVX512, &kLayerKernelsAVX512,
-     &kProductKernelsAVX512, &kAttentionKernelsAMX, has_amx},
+     &kProductKernelsAVX512, &kAttentionKernelsAMX, why_not_amx},
 #endif
 #ifdef TRL_FAST_HAS_AVX512
     {"avx512", &kRowKernelsAVX512, &kSparseKernelsAVX512, &kDivergenceKernelsAVX512, &kLayerKernelsAVX512,
-     &kProductKernelsAVX512, &kAttentionKernelsAVX512, has_avx512},
+     &kProductKernelsAVX512, &kAttentionKernelsAVX512, why_not_avx512},
 #endif
 #ifdef TRL_FAST_HAS_AVX2
     {"avx2", &kRowKernelsAVX2, &kSparseKernelsAVX2, &kDivergenceKernelsAVX2, &kLayerKernelsAVX2, &kProductKernelsAVX2,
-     &kAttentionKernelsAVX2, has_avx2},
+     &kAttentionKernelsAVX2, why_not_avx2},
 #endif
     {"default", &kRowKernelsDEFAULT, &kSparseKernelsDEFAULT, &kDivergenceKernelsDEFAULT, &kLayerKernelsDEFAULT,
-     &kProductKernelsDEFAULT, &kAttentionKernelsDEFAULT, anywhere},
+     &kProductKernelsDEFAULT, &kAttentionKernelsDEFAULT, runs_anywhere},
 #ifdef TRL_FAST_HAS_EMULATED_AMX
     {"emulated_amx", &kRowKernelsDEFAULT, &kSparseKernelsDEFAULT, &kDivergenceKernelsDEFAULT, &kLayerKernelsDEFAULT,
-     &kProductKernelsDEFAULT, &kAttentionKernelsEMULATED_AMX, anywhere},
+     &kProductKernelsDEFAULT, &kAttentionKernelsEMULATED_AMX, runs_anywhere},
 #endif
 };
 
-const Candidate& choose() {
+struct Choice {
+  const Candidate* candidate;
+  std::string refused;  // the better one that the CPU has but this process may not use, and why
+};
+
+Choice choose() {
   const char* forced = std::getenv("TRL_FAST_CPU_ISA");
+  std::string refused;
   for (const Candidate& candidate : kCandidates) {
-    if (forced && *forced) {
-      if (std::string(forced) != candidate.name) continue;
-      if (!candidate.runs())
-        throw std::runtime_error(std::string("TRL_FAST_CPU_ISA=") + forced + ": this CPU lacks it");
-      return candidate;
-    }
-    if (candidate.runs()) return candidate;
+    if (forced && *forced && std::string(forced) != candidate.name) continue;
+    const std::string reason = candidate.why_not();
+    if (reason.empty()) return {&candidate, refused};
+    if (forced && *forced) throw std::runtime_error(std::string("TRL_FAST_CPU_ISA=") + forced + ": " + reason);
+    if (reason != kLacking) refused = std::string(candidate.name) + ": " + reason;
   }
   throw std::runtime_error(std::string("TRL_FAST_CPU_ISA=") + forced + ": unknown or not compiled; compiled are " +
                            compiled_isas());
 }
 
-const Candidate& chosen() {
-  static const Candidate& candidate = choose();
-  return candidate;
+const Choice& choice() {
+  static const Choice made = choose();
+  return made;
 }
+
+const Candidate& chosen() { return *choice().candidate; }
 
 }  // namespace
 
@@ -146,6 +163,8 @@ const ProductKernels& product_kernels() { return *chosen().products; }
 const AttentionKernels& attention_kernels() { return *chosen().attention; }
 
 const char* chosen_isa() { return chosen().name; }
+
+const char* refused_isa() { return choice().refused.c_str(); }
 
 const char* compiled_isas() {
   static const std::string names = [] {

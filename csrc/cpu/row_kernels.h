@@ -26,6 +26,9 @@ const RowKernels& row_kernels();
 // The name of the instruction set of row_kernels().
 const char* chosen_isa();
 
+// Which better one the CPU has but this process may not use, and why; empty if there is none.
+const char* refused_isa();
+
 // Names of the instruction sets that were compiled, separated by commas.
 const char* compiled_isas();
 

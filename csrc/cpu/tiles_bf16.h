@@ -26,13 +26,14 @@ int64_t whole_bands(int64_t n) { return (n + kBand - 1) / kBand * kBand; }
 #if defined(CPU_CAPABILITY_AMX)
 
 struct alignas(64) TileShapes {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
 };
-constexpr TileShapes kTileShapes;
+constexpr TileShapes kTileShapes = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-// Shapes this thread's tiles while it lives. Afterwards they have the shapes that they had: others use them, too.
+// Shapes this thread's tiles while it lives. Afterwards they have the shapes that they had: others use them, too. GCC
+// knows of the first 8 bytes only that these instructions read and write: nothing else writes to `before_`.
 class TileSession {
  public:
   TileSession() {

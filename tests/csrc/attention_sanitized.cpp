@@ -1,5 +1,5 @@
 // Runs attention over rows of token trees under a sanitizer, on heap buffers of exactly the size that it may touch, on
-// one thread and on several; their results must be the same bits.
+// one thread and on several; their results must be the same bits. In float32, or by emulated tiles of bfloat16.
 #include <sched.h>
 
 #include <atomic>
@@ -18,16 +18,25 @@
 #define __ATOMIC_ACQUIRE __ATOMIC_RELAXED
 #define __ATOMIC_RELEASE __ATOMIC_RELAXED
 #endif
-#include "cpu/attention_kernels.cpp"
-#include "cpu/attention_plan.h"
-
+#ifdef TRL_FAST_TILES
+#include "cpu/attention_bf16_kernels.cpp"
 namespace trl_fast {
-const AttentionKernels& attention_kernels() { return kAttentionKernelsDEFAULT; }
+const AttentionKernels kAttentionKernelsDEFAULT = {};  // for other dtypes
 }  // namespace trl_fast
+using Number = BFloat16;
+constexpr trl_fast::Dtype kDtype = trl_fast::Dtype::kBFloat16;
+#else
+#include "cpu/attention_kernels.cpp"
+using Number = float;
+constexpr trl_fast::Dtype kDtype = trl_fast::Dtype::kFloat32;
+#endif
+#include "cpu/attention_plan.h"
 
 namespace {
 
 using trl_fast::AttentionRow;
+
+const trl_fast::AttentionKernels& kernels = trl_fast::TRL_FAST_JOIN(kAttentionKernels, CPU_CAPABILITY);
 
 struct Shape {
   int64_t groups, group_size, width, value_width, window;
@@ -38,15 +47,21 @@ struct Shape {
 };
 
 // (heads, T, D) of numbers between -1 and 1, tokens first.
+template <typename T = Number>
 struct HeadsMemory {
-  std::unique_ptr<float[]> data;
+  std::unique_ptr<T[]> data;
   int64_t heads, width, size;
 
   HeadsMemory(int64_t heads, int64_t tokens, int64_t width, int seed)
-      : data(new float[heads * tokens * width]), heads(heads), width(width), size(heads * tokens * width) {
-    for (int64_t i = 0; i < size; ++i) data[i] = seed ? std::sin(static_cast<float>(seed * (i + 1))) : NAN;
+      : data(new T[heads * tokens * width]), heads(heads), width(width), size(heads * tokens * width) {
+    for (int64_t i = 0; i < size; ++i) {
+      narrow_part(splat(seed ? std::sin(static_cast<float>(seed * (i + 1))) : NAN), 1, &data[i]);
+    }
   }
   AttentionHeads get() const { return {data.get(), width, heads * width}; }
+  void append_to(std::vector<float>& all) const {
+    for (int64_t i = 0; i < size; ++i) all.push_back(widen_one(data[i]));
+  }
 };
 
 template <typename F>
@@ -65,16 +80,16 @@ void run_in_order(int num_threads, int64_t tasks, int64_t scratch_size, F task) 
 // Returns all results, one behind the other.
 std::vector<float> run(const Shape& shape, int num_threads) {
   const int64_t tokens = shape.tokens(), heads = shape.groups * shape.group_size;
-  const HeadsMemory query(heads, tokens, shape.width, 1), key(shape.groups, tokens, shape.width, 2);
-  const HeadsMemory value(shape.groups, tokens, shape.value_width, 3), grad(heads, tokens, shape.value_width, 4);
-  const HeadsMemory out(heads, tokens, shape.value_width, 0), grad_query(heads, tokens, shape.width, 0);
-  const HeadsMemory grad_key(shape.groups, tokens, shape.width, 0);
-  const HeadsMemory grad_value(shape.groups, tokens, shape.value_width, 0);
+  const HeadsMemory<> query(heads, tokens, shape.width, 1), key(shape.groups, tokens, shape.width, 2);
+  const HeadsMemory<> value(shape.groups, tokens, shape.value_width, 3), grad(heads, tokens, shape.value_width, 4);
+  const HeadsMemory<> out(heads, tokens, shape.value_width, 0), grad_key(shape.groups, tokens, shape.width, 0);
+  const HeadsMemory<float> grad_query(heads, tokens, shape.width, 0);
+  const HeadsMemory<> grad_value(shape.groups, tokens, shape.value_width, 0);
   std::fill(grad_query.data.get(), grad_query.data.get() + grad_query.size, 0.0f);
   AttentionRow row(shape.segments.data(), static_cast<int64_t>(shape.segments.size()) / 4, shape.runs.data(),
                    static_cast<int64_t>(shape.runs.size()) / 2, false, tokens);
   AttentionArgs args = {};
-  args.dtype = Dtype::kFloat32;
+  args.dtype = kDtype;
   args.tokens = tokens;
   args.groups = shape.groups;
   args.group_size = shape.group_size;
@@ -94,7 +109,6 @@ std::vector<float> run(const Shape& shape, int num_threads) {
   args.lse = lse.data();
   args.deltas = deltas.data();
   plan_attention(args, row, shape.window);
-  const trl_fast::AttentionKernels& kernels = trl_fast::attention_kernels();
   std::vector<float> keys(kernels.packed_keys_size(args)), values(kernels.packed_values_size(args));
   args.packed_keys = keys.data();
   args.packed_values = values.data();
@@ -105,9 +119,8 @@ std::vector<float> run(const Shape& shape, int num_threads) {
   run_in_order(num_threads, args.groups * args.num_spans, kernels.backward_scratch(args),
                [&](int64_t task, float* scratch) { kernels.backward(args, task, scratch); });
   std::vector<float> all = lse;
-  for (const HeadsMemory* m : {&out, &grad_query, &grad_key, &grad_value}) {
-    all.insert(all.end(), m->data.get(), m->data.get() + m->size);
-  }
+  for (const HeadsMemory<>* memory : {&out, &grad_key, &grad_value}) memory->append_to(all);
+  grad_query.append_to(all);
   return all;
 }
 

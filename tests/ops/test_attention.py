@@ -259,6 +259,8 @@ def test_opcheck(backend):
         ({"segments": [0, 8, 12, 0, 8, 20, 20, 8]}, "segments: number 1 ends behind one that it continues"),
         ({"runs": [3, 21]}, "runs: number 0 leaves the row"),
         ({"runs": [3, 5, -3, 2]}, "runs: number 1 leaves the row"),
+        ({"runs": [3, 9, 8, 12]}, "runs: number 1 begins before the end of the one before"),
+        ({"runs": [2, 15, 4, 6]}, "runs: number 1 begins before the end of the one before"),
         ({"runs": [3]}, "runs: expected two numbers a run"),
         ({"window": -1}, "window: expected tokens, or 0 for all"),
     ],
@@ -309,6 +311,9 @@ def check_all_kernels():
         test_nan_and_infinity_are_seen(dtype)
         test_no_memory_is_read_before_it_is_written(dtype)
         test_long_sequences(1100, 300, dtype)
+        # A gradient of a key of one head, of which all tokens' rows are summed.
+        for tokens in (127, 129):
+            check(draw(1, 1, 32, 32, tokens, dtype), ((tokens,),))
 
 
 @pytest.mark.parametrize("isa", CPU_FLAGS | TILE_FLAGS)

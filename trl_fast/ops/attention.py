@@ -27,7 +27,8 @@ class TokenTable(NamedTuple):
 
     - `segments`: of each segment, in the order of the row: start, end, where the last segment that continues it ends,
       and how many tokens of its sequence stand before it.
-    - `runs`: start and end of each run, tokens that also attend to those of their run behind themselves.
+    - `runs`: start and end of each run, tokens that also attend to those of their run behind themselves; in the order
+      of the row, none within another.
     - `whole_runs`: whether they attend to all of their run even where the window ends.
     - `window`: the last tokens of its sequence that a token attends to, itself included; 0: all.
     """
@@ -61,9 +62,13 @@ def _check_table(table: TokenTable, tokens: int) -> None:
         next_token = end
     if next_token != tokens:
         raise ValueError(f"segments: they have {next_token} tokens, the row has {tokens}")
+    last_end = 0
     for n, (start, end) in enumerate(zip(runs[::2], runs[1::2], strict=True)):
         if start < 0 or end > tokens:
             raise ValueError(f"runs: number {n} leaves the row")
+        if start < last_end:
+            raise ValueError(f"runs: number {n} begins before the end of the one before")
+        last_end = max(start, end)
     if window < 0:
         raise ValueError(f"window: expected tokens, or 0 for all, got {window}")
 

@@ -95,9 +95,19 @@ def load_extension() -> Support:
     support = _try_extension()
     if support.ok:
         _register_fakes()
+        _say_what_is_refused()
     else:
         logger.warning(f"{support.reason}. Until then everything runs in pure PyTorch, which is slower.")
     return support
+
+
+def _say_what_is_refused() -> None:
+    """Logs which better instruction set the CPU has but this process may not use, and why."""
+    from trl_fast import _C
+
+    info = _C.build_info()
+    if refused := info["refused_isa"]:
+        logger.warning(f"The CPU kernels use {info['isa']}, which is slower. {refused}.")
 
 
 def _register_fakes() -> None:

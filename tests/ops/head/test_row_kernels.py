@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from support.elementary_functions import check_exponential, check_tanh
-from support.instruction_sets import CPU_FLAGS, check_instruction_set
+from support.instruction_sets import CPU_FLAGS, check_instruction_set, cpu_has
 from support.packed_rows import COLUMNS, PLAIN, TRANSFORMED, check_packing
 from trl_fast.ops.head.row_kernels import (
     ROW_KERNELS,
@@ -150,6 +150,31 @@ def test_an_unknown_instruction_set_is_refused_by_name():
     environment = {**os.environ, "TRL_FAST_CPU_ISA": "avx9"}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert result.returncode and "TRL_FAST_CPU_ISA=avx9" in result.stderr and "avx2" in result.stderr
+
+
+_SMALL_SIGNAL_STACK = """
+import ctypes
+class Stack(ctypes.Structure):
+    _fields_ = [("memory", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t)]
+memory = ctypes.create_string_buffer(2048)
+assert ctypes.CDLL(None).sigaltstack(ctypes.byref(Stack(ctypes.addressof(memory), 0, 2048)), None) == 0
+"""
+
+
+@pytest.mark.parametrize("forced", ["", "amx"])
+def test_tiles_that_linux_refuses_are_named(forced):
+    """A process whose stack for signals has no room for tiles gets the next best kernels, and one line says why."""
+    if not cpu_has("amx"):
+        pytest.skip("this CPU has no amx: nothing to refuse")
+    program = _SMALL_SIGNAL_STACK + "import trl_fast.ops.backends as b; print(b.load_extension().reason)"
+    environment = {**os.environ, "TRL_FAST_CPU_ISA": forced}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    why = "amx: Linux does not let this process use its tiles: No space left on device"
+    if forced:
+        assert result.returncode and f"TRL_FAST_CPU_ISA={why}" in result.stderr
+    else:
+        assert result.stdout.endswith("instruction set avx512\n"), result.stderr
+        assert result.stderr == f"The CPU kernels use avx512, which is slower. {why}.\n"
 
 
 @pytest.mark.parametrize("transform", ["none", "all"])
