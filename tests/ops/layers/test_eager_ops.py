@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from support.layer_errors import DTYPES, draw
 from support.seen_operators import SeenOperators
 from trl_fast.modeling.selective_checkpointing import Budget, SavingMode
-from trl_fast.ops import eager_ops
+from trl_fast.ops import device, eager_ops
 from trl_fast.ops.device import OWN_PRODUCTS, real_facts
 from trl_fast.ops.layers import (
     Adapter,
@@ -125,7 +125,8 @@ def atens_products(monkeypatch):
 
 
 def forget_device():
-    for settled in (real_facts, eager_ops._eager_op, eager_ops._eager_linear):
+    device._real.clear()
+    for settled in (eager_ops._eager_op, eager_ops._eager_linear):
         settled.cache_clear()
 
 
