@@ -7,10 +7,12 @@ from collections import Counter
 
 from datasets import Dataset
 
+from support.training import made_once
 from support.vision_processors import TEXT_TOKENS
 from trl_fast.rollout import Rollout
 
 
+@made_once
 def color_prompts(count: int = 12) -> Dataset:
     """Plain prompts of different lengths, with a column for reward functions."""
     return Dataset.from_list(

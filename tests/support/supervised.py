@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datasets import Dataset
 
 from .tokenizer import build_tokenizer
+from .training import made_once
 
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 
@@ -60,6 +61,7 @@ ROWS: dict[str, Callable[[int], dict]] = {
 }
 
 
+@made_once
 def sft_rows(kind: str, count: int = 20) -> Dataset:
     """`count` rows of a kind, of different lengths."""
     return Dataset.from_list([ROWS[kind](i) for i in range(count)])

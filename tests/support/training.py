@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+from collections.abc import Callable
 from types import ModuleType
 
 import pytest
@@ -26,6 +29,13 @@ SETTINGS = {
 }
 
 
+def made_once(make: Callable[..., Dataset]) -> Callable[..., Dataset]:
+    """Makes a dataset once for each of its arguments, and gives copies of it: trainers may set their format."""
+    made = functools.cache(make)
+    return functools.wraps(make)(lambda *given, **named: copy.copy(made(*given, **named)))
+
+
+@made_once
 def color_pairs(count: int = 24) -> Dataset:
     """Plain preference pairs of different lengths."""
     return Dataset.from_list(
@@ -40,6 +50,7 @@ def color_pairs(count: int = 24) -> Dataset:
     )
 
 
+@made_once
 def color_labels(count: int = 24) -> Dataset:
     """Plain completions with labels: four good ones, four bad ones, then both in every four."""
     return Dataset.from_list(

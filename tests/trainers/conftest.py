@@ -1,4 +1,6 @@
+import datasets
 import pytest
+from datasets.fingerprint import generate_random_fingerprint
 
 import trl_fast.data.packing as packing
 from support.models import save_tiny_classifier, save_tiny_model
@@ -33,6 +35,17 @@ def folders(tmp_path_factory):
         return made[family]
 
     return folder
+
+
+@pytest.fixture
+def unnamed_datasets(monkeypatch):
+    """Names datasets at random: names from the code of all that changed them take a tiny trainer a tenth of its time.
+
+    Only caches on disk need the names. For modules whose trainers read no cache.
+    """
+    for module in (datasets.arrow_dataset, datasets.fingerprint):
+        monkeypatch.setattr(module, "generate_fingerprint", lambda *_: generate_random_fingerprint())
+        monkeypatch.setattr(module, "update_fingerprint", lambda *_: generate_random_fingerprint())
 
 
 @pytest.fixture(params=["shared_prefix", "packed", "padded"])

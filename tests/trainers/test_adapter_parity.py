@@ -18,6 +18,8 @@ import trl_fast
 from support.supervised import sft_rows
 from support.training import assert_same_logs, color_labels, color_pairs, make_trainer
 
+pytestmark = pytest.mark.usefixtures("unnamed_datasets")
+
 VIRTUAL = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
 CONFIGS = {
     "prompt tuning": lambda: PromptTuningConfig(**VIRTUAL),

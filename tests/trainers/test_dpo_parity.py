@@ -12,16 +12,20 @@ from support.models import save_tiny_model
 from support.training import assert_same_logs, color_pairs, make_trainer
 from trl_fast.losses.dpo import PAIR_LOSSES
 
+pytestmark = pytest.mark.usefixtures("unnamed_datasets")
+
 # Loss types of different kinds; those with an adapter are slow tests of the others.
 QUICK = ("sigmoid", "ipo", "aot", "sft")
 SLOWER = tuple(name for name in PAIR_LOSSES if name not in QUICK)
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+# The second step has what the first one made of the weights.
+STEPS = {"max_steps": 2}
 
 
 def logs_of(module, output_dir, arguments=None, **settings):
     arguments = {"train_dataset": color_pairs(), "eval_dataset": color_pairs(6), **(arguments or {})}
     built = {name: value() if callable(value) else value for name, value in arguments.items()}
-    trainer = make_trainer(module, output_dir, arguments=built, **settings)
+    trainer = make_trainer(module, output_dir, arguments=built, **{**STEPS, **settings})
     trainer.train()
     trainer.evaluate()
     return trainer.state.log_history
@@ -54,7 +58,7 @@ SETTINGS = {
     "truncated": {"max_length": 12},
     "no limit": {"max_length": None},
     "no checkpointing": {"gradient_checkpointing": False},
-    "sync_ref_model": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "sync_ref_model": {"sync_ref_model": True, "ref_model_sync_steps": 2, "max_steps": 3},
     "a last batch that is smaller": {"per_device_train_batch_size": 5, "max_steps": -1, "num_train_epochs": 1},
 }
 

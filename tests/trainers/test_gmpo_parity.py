@@ -9,6 +9,8 @@ from support.entropies import no_ties
 from support.rollouts import FixedRollout, brevity, color_prompts, vowels
 from support.training import assert_same_logs, make_trainer
 
+pytestmark = pytest.mark.usefixtures("unnamed_datasets")
+
 # Two updates of the same completions, so that the ratio leaves 1; a large rate, so that it is clipped.
 BASE = {
     "num_generations": 4,

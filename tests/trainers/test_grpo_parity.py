@@ -15,6 +15,8 @@ from support.rollouts import FixedEngine, FixedRollout, brevity, color_prompts, 
 from support.training import assert_same_logs, make_trainer
 from trl_fast.losses.policy_gradient import LOSSES
 
+pytestmark = pytest.mark.usefixtures("unnamed_datasets")
+
 # The metrics are TRL's to the last digit only if no completion is left out or moved to another micro-batch.
 BASE = {
     "num_generations": 4,

@@ -12,13 +12,17 @@ import trl_fast
 from support.models import save_tiny_model
 from support.training import assert_same_logs, color_labels, color_pairs, make_trainer
 
+pytestmark = pytest.mark.usefixtures("unnamed_datasets")
+
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+# The second step has what the first one made of the weights.
+STEPS = {"max_steps": 2}
 
 
 def logs_of(module, output_dir, arguments=None, **settings):
     arguments = {"train_dataset": color_labels(), "eval_dataset": color_labels(7), **(arguments or {})}
     built = {name: value() if callable(value) else value for name, value in arguments.items()}
-    trainer = make_trainer(module, output_dir, method="KTO", arguments=built, **settings)
+    trainer = make_trainer(module, output_dir, method="KTO", arguments=built, **{**STEPS, **settings})
     trainer.train()
     trainer.evaluate()
     return trainer.state.log_history
@@ -62,14 +66,14 @@ def test_lora(loss_type, model_path, tmp_path):
 
 SETTINGS = {
     "no limit": {"max_length": None, "gradient_checkpointing": False},
-    "sync_ref_model": {"sync_ref_model": True, "ref_model_sync_steps": 2},
+    "sync_ref_model": {"sync_ref_model": True, "ref_model_sync_steps": 2, "max_steps": 3},
     "a last batch of one row, which pairs with itself": {
         "per_device_train_batch_size": 23,
         "gradient_accumulation_steps": 1,
         "max_steps": -1,
         "num_train_epochs": 1,
     },
-    "one log for several micro-batches": {"logging_steps": 3, "gradient_accumulation_steps": 1},
+    "one log for several micro-batches": {"logging_steps": 3, "gradient_accumulation_steps": 1, "max_steps": 3},
 }
 
 

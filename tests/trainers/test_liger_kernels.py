@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -10,6 +12,8 @@ from support.liger_kernels import Swiglu, put_hub_in_place, put_liger_in_place
 from support.models import tiny_model
 from support.training import assert_same_logs, color_pairs, make_trainer
 from trl_fast.modeling.scoring import evaluating
+
+pytestmark = pytest.mark.usefixtures("unnamed_datasets")
 
 LAYOUTS = ("shared_prefix", "packed", "padded")
 CHECKPOINTING = {
@@ -27,12 +31,32 @@ def run(tokenizer, output_dir, prepare=lambda model: None, **settings):
     return trainer.state.log_history
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING.values(), ids=CHECKPOINTING.keys())
-@pytest.mark.parametrize("tile", [None, 16], ids=["whole", "tiled"])
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_liger(layout, tile, checkpointing, tokenizer, tmp_path, monkeypatch):
-    settings = {"batch_layout": layout, **checkpointing}
-    expected = run(tokenizer, tmp_path, **settings)
+@pytest.fixture(scope="module")
+def plain_run(tokenizer, tmp_path_factory):
+    """From a layout and what is checkpointed to the logs of transformers' own layers, which are run once."""
+
+    @functools.cache
+    def logs(layout, checkpointing="kept"):
+        return run(tokenizer, tmp_path_factory.mktemp("plain"), batch_layout=layout, **CHECKPOINTING[checkpointing])
+
+    return logs
+
+
+# Every pair of layout, tile and checkpointing.
+LAYERS = [
+    ("shared_prefix", None, "kept"),
+    ("shared_prefix", 16, "selective"),
+    ("packed", None, "selective"),
+    ("packed", 16, "kept"),
+    ("padded", None, "kept"),
+    ("padded", 16, "selective"),
+]
+
+
+@pytest.mark.parametrize("layout, tile, checkpointing", LAYERS)
+def test_liger(layout, tile, checkpointing, plain_run, tokenizer, tmp_path, monkeypatch):
+    settings = {"batch_layout": layout, **CHECKPOINTING[checkpointing]}
+    expected = plain_run(layout, checkpointing)
     put_liger_in_place(monkeypatch)
     got = run(tokenizer, tmp_path, use_liger_kernel=True, tiled_mlp=tile, **settings)
     assert_same_logs(got, expected, rel=1e-5, abs=1e-6)
@@ -41,8 +65,8 @@ def test_liger(layout, tile, checkpointing, tokenizer, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("tile", [None, 16], ids=["whole", "tiled"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_hub(layout, tile, tokenizer, tmp_path, monkeypatch):
-    expected = run(tokenizer, tmp_path, batch_layout=layout)
+def test_the_hub(layout, tile, plain_run, tokenizer, tmp_path, monkeypatch):
+    expected = plain_run(layout)
     modes = put_hub_in_place(monkeypatch)
     use_kernels = lambda model: model.set_use_kernels(True)  # noqa: E731
     got = run(tokenizer, tmp_path, use_kernels, batch_layout=layout, tiled_mlp=tile)

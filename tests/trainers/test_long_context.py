@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from support.models import tiny_classifier, tiny_model
 from support.training import assert_same_logs, color_pairs, make_trainer
 from trl_fast.modeling import activation_offloading
 from trl_fast.modeling.selective_checkpointing import ATTENTION, PRODUCT, Budget
+
+pytestmark = pytest.mark.usefixtures("unnamed_datasets")
 
 SETTINGS = {"tiled": {"tiled_mlp": 16}, "offloaded": {"activation_offloading": True}}
 SETTINGS["both"] = SETTINGS["tiled"] | SETTINGS["offloaded"]
@@ -51,10 +55,16 @@ def logs(method, output_dir, tokenizer, peft_config=None, **settings):
     return trainer, trainer.state.log_history
 
 
+@pytest.fixture(scope="module")
+def plain_logs(tokenizer, tmp_path_factory):
+    """From a method to the logs of a training with nothing changed, which is run once."""
+    return functools.cache(lambda method: logs(method, tmp_path_factory.mktemp(method), tokenizer)[1])
+
+
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 @pytest.mark.parametrize("method", ["DPO", "SFT", "Reward"])
-def test_the_same_training(method, settings, offloaded, tokenizer, tmp_path):
-    _, expected = logs(method, tmp_path, tokenizer)
+def test_the_same_training(method, settings, offloaded, plain_logs, tokenizer, tmp_path):
+    expected = plain_logs(method)
     assert not offloaded
     trainer, got = logs(method, tmp_path, tokenizer, **settings)
     assert_same_logs(got, expected)
@@ -72,24 +82,37 @@ BUDGETS = {
 }
 
 
-@pytest.mark.parametrize("settings", BUDGETS.values(), ids=BUDGETS.keys())
-@pytest.mark.parametrize("method", ["DPO", pytest.param("SFT", marks=pytest.mark.slow), "Reward"])
-def test_what_checkpointing_keeps_is_what_it_would_compute(method, settings, tokenizer, tmp_path, monkeypatch):
-    taken = {}
-    take = Budget.take
+def counted_logs(method, folder, tokenizer, **settings):
+    """The logs of a training, and how many results of each kind were kept."""
+    taken, take = {}, Budget.take
 
     def counted(self, kind, size):
         found = take(self, kind, size)
         taken[kind] = taken.get(kind, 0) + found
         return found
 
-    monkeypatch.setattr(Budget, "take", counted)
-    # By default a reward model has as much as its gradients will take, and one as small as this nothing.
-    everything = {"activation_budget_bytes": 1 << 30} if method == "Reward" else {}
-    _, expected = logs(method, tmp_path, tokenizer, **everything)
-    at_most = dict(taken)
-    taken.clear()
-    _, got = logs(method, tmp_path, tokenizer, **settings)
+    with mock.patch.object(Budget, "take", counted):
+        return logs(method, folder, tokenizer, **settings)[1], taken
+
+
+@pytest.fixture(scope="module")
+def keeping_all(tokenizer, tmp_path_factory):
+    """From a method to logs and counts of a training that keeps all it can, which is run once."""
+
+    @functools.cache
+    def keep(method):
+        # By default a reward model has as much as its gradients will take, and one as small as this nothing.
+        everything = {"activation_budget_bytes": 1 << 30} if method == "Reward" else {}
+        return counted_logs(method, tmp_path_factory.mktemp(method), tokenizer, **everything)
+
+    return keep
+
+
+@pytest.mark.parametrize("settings", BUDGETS.values(), ids=BUDGETS.keys())
+@pytest.mark.parametrize("method", ["DPO", pytest.param("SFT", marks=pytest.mark.slow), "Reward"])
+def test_what_checkpointing_keeps_is_what_it_would_compute(method, settings, keeping_all, tokenizer, tmp_path):
+    expected, at_most = keeping_all(method)
+    got, taken = counted_logs(method, tmp_path, tokenizer, **settings)
     assert_same_logs(got, expected)
     assert min(at_most.values()) > 0 and len(at_most) == 2
     keeps = {"some": (PRODUCT, ATTENTION), "selective": (ATTENTION,)}

@@ -21,6 +21,8 @@ from support.training import assert_same_logs, color_labels, color_pairs, make_t
 from trl_fast.modeling import layouts
 from trl_fast.modeling.loading import base_model
 
+pytestmark = pytest.mark.usefixtures("unnamed_datasets")
+
 modules = pytest.importorskip("bitsandbytes.nn.modules", reason="bitsandbytes is not installed")
 
 

@@ -12,6 +12,8 @@ import trl_fast.data.packing as packing
 from support.rollouts import FixedRollout, color_prompts, vowels
 from support.training import NOT_COMPARED, make_trainer
 
+pytestmark = pytest.mark.usefixtures("unnamed_datasets")
+
 BASE = {"max_new_tokens": 8, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "beta": [0.3]}
 BASE["gradient_accumulation_steps"] = 1
 # TRL adds what the pad tokens of shorter completions have to these sums.

@@ -13,6 +13,8 @@ from support.reference_free import color_triples, trls
 from support.tokenizer import build_tokenizer
 from support.training import assert_same_logs, color_pairs, make_trainer
 
+pytestmark = pytest.mark.usefixtures("unnamed_datasets")
+
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 
 

@@ -14,7 +14,11 @@ from support.tokenizer import build_tokenizer
 from support.training import assert_same_logs, color_pairs, make_trainer
 from trl_fast.data import LAYOUTS
 
+pytestmark = pytest.mark.usefixtures("unnamed_datasets")
+
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+# The second step has what the first one made of the weights.
+STEPS = {"max_steps": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +29,7 @@ def _short_prompts_are_shared(monkeypatch):
 def logs_of(module, output_dir, arguments, **settings):
     arguments = {"train_dataset": color_pairs(), "eval_dataset": color_pairs(6), **arguments}
     built = {name: value() if callable(value) else value for name, value in arguments.items()}
-    trainer = make_trainer(module, output_dir, method="Reward", arguments=built, **settings)
+    trainer = make_trainer(module, output_dir, method="Reward", arguments=built, **{**STEPS, **settings})
     trainer.train()
     trainer.evaluate()
     return trainer.state.log_history

@@ -60,10 +60,11 @@ def losses(trainer):
     return [dict(sorted(log.items())) for log in trainer.state.log_history if "loss" in log]
 
 
-@pytest.mark.parametrize("peft", [False, True])
-def test_a_resumed_run_goes_on_as_if_it_had_not_stopped(peft, model_path, tmp_path):
+def test_a_resumed_run_of_an_adapter_goes_on_as_if_it_had_not_stopped(model_path, tmp_path):
+    """tests/trainers/test_resume.py has the whole model."""
+
     def run(name, **settings):
-        arguments = {"peft_config": LoraConfig(**LORA)} if peft else {}
+        arguments = {"peft_config": LoraConfig(**LORA)}
         return trainer_in(tmp_path / name, model_path, arguments, max_steps=4, **settings)
 
     whole = run("whole")

@@ -10,6 +10,8 @@ import trl_fast.data.packing as packing
 from support.rollouts import FixedRollout, brevity, color_prompts, vowels
 from support.training import assert_same_logs, make_trainer
 
+pytestmark = pytest.mark.usefixtures("unnamed_datasets")
+
 BASE = {"num_generations": 4, "max_completion_length": 8, "temperature": 0.8, "max_steps": 2}
 # The metrics are TRL's to the last digit only if no completion is left out or moved to another micro-batch.
 OURS = {"skip_zero_advantages": False, "keep_groups_together": False}

@@ -14,6 +14,8 @@ from support.training import color_pairs, make_trainer
 from trl_fast.trainers.online import group_trainer
 from trl_fast.trainers.online.micro_batches import UpdateMaker
 
+pytestmark = pytest.mark.usefixtures("unnamed_datasets")
+
 LAYOUTS = ("shared_prefix", "packed", "padded")
 
 
@@ -81,10 +83,18 @@ def batches(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+# Every pair of method, layout, beta and dtype.
+UNCHANGED = [
+    ("GRPO", "shared_prefix", 0.0, "float32"),
+    ("RLOO", "shared_prefix", 0.1, "bfloat16"),
+    ("RLOO", "packed", 0.0, "bfloat16"),
+    ("GRPO", "packed", 0.1, "float32"),
+    ("RLOO", "padded", 0.0, "float32"),
+    ("GRPO", "padded", 0.1, "bfloat16"),
+]
+
+
+@pytest.mark.parametrize("method, layout, beta, dtype", UNCHANGED)
 def test_the_ratio_of_a_policy_that_has_not_changed_is_one(
     method, layout, beta, dtype, updates, batches, model_path, tokenizer, tmp_path
 ):

@@ -14,6 +14,8 @@ from support.training import SETTINGS as BASICS
 from support.training import assert_same_logs, make_trainer
 from trl_fast.data import DataCollatorForLanguageModeling
 
+pytestmark = pytest.mark.usefixtures("unnamed_datasets")
+
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
 # A rate at which the model learns something to predict, so that the accuracy is not always zero.
 STEPS = {"max_steps": 2, "learning_rate": 2e-2}
@@ -73,9 +75,16 @@ def test_settings(settings, model_path, tmp_path):
     compare(tmp_path, {"model": model_path}, layouts, **settings)
 
 
-@pytest.mark.parametrize("loss_type", ["nll", "dft"])
-@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
-@pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "lora"])
+# Each strategy and each loss in every layout; the slow tests have all of their pairs, with an adapter.
+PACKED = [("bfd", "nll", False), ("bfd_split", "dft", False), ("wrapped", "nll", False)]
+PACKED += [
+    pytest.param(strategy, loss_type, True, marks=pytest.mark.slow)
+    for strategy in ("bfd", "bfd_split", "wrapped")
+    for loss_type in ("nll", "dft")
+]
+
+
+@pytest.mark.parametrize("strategy, loss_type, lora", PACKED)
 def test_packing(strategy, loss_type, lora, model_path, tmp_path):
     arguments = {"model": model_path, **rows("prompt and completion")}
     if lora:
@@ -101,8 +110,7 @@ def test_padding_free(model_path, tmp_path):
     compare(tmp_path, {"model": model_path}, ("packed",), padding_free=True, max_length=None)
 
 
-@pytest.mark.parametrize("loss_type", ["nll", "dft"])
-@pytest.mark.parametrize("kind", ["text", "prompt and completion messages"])
+@pytest.mark.parametrize("kind, loss_type", [("text", "dft"), ("prompt and completion messages", "nll")])
 def test_lora(kind, loss_type, model_path, tmp_path):
     arguments = {"model": model_path, "peft_config": lambda: LoraConfig(**LORA), **rows(kind)}
     compare(tmp_path, arguments, LAYOUTS if loss_type == "nll" else ("packed",), loss_type=loss_type)
@@ -126,8 +134,7 @@ def with_marks():
     return tokenizer
 
 
-@pytest.mark.parametrize("kind", ["messages", "prompt and completion messages"])
-@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("kind, packing", [("messages", True), ("prompt and completion messages", False)])
 def test_assistant_only_loss(kind, packing, model_path, tmp_path):
     arguments = {"model": model_path, "processing_class": with_marks, **rows(kind)}
     compare(tmp_path, arguments, ("packed",), assistant_only_loss=True, packing=packing, max_length=60)

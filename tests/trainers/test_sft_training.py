@@ -70,10 +70,11 @@ def test_an_adapter_on_the_head_is_trained(model_path, tmp_path):
         torch.testing.assert_close(ours[name], weight.grad)
 
 
-@pytest.mark.parametrize("peft", [False, True])
-def test_a_run_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(peft, model_path, tmp_path):
+def test_a_run_of_an_adapter_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(model_path, tmp_path):
+    """tests/trainers/test_resume.py has the whole model."""
+
     def build(folder, **settings):
-        config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM") if peft else None
+        config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
         return trainer_in(folder, model_path, {"peft_config": config}, packing=True, max_length=40, max_steps=4, **settings)  # fmt: skip  # noqa: E501
 
     whole = build(tmp_path / "whole")

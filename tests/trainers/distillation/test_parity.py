@@ -14,6 +14,8 @@ from support.rollouts import FixedImageRollout, FixedRollout, color_prompts
 from support.training import NOT_COMPARED, assert_same_logs, make_trainer
 from support.vision_processors import tiny_processor
 
+pytestmark = pytest.mark.usefixtures("unnamed_datasets")
+
 BASE = {"max_completion_length": 8, "max_steps": 2, "temperature": 0.8}
 
 

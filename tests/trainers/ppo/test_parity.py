@@ -13,6 +13,8 @@ from support.dense_ppo import DensePPO
 from support.rollouts import FixedEngine, color_prompts
 from support.training import make_trainer
 
+pytestmark = pytest.mark.usefixtures("unnamed_datasets")
+
 ROWS = 8
 BASE = {
     "per_device_train_batch_size": 2,
