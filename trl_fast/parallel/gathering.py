@@ -125,7 +125,9 @@ def _gathered_by_fsdp1(model: FullyShardedDataParallel) -> Iterator[None]:
 @contextmanager
 def _gathered_by_zero3(model: Any, part: torch.nn.Module) -> Iterator[None]:
     with whole_parameters(part.parameters()):
-        offload = getattr(getattr(model, "optimizer", None), "parameter_offload", None)
+        # Of a model that is not trained, the offload itself is in the optimizer's place.
+        optimizer = getattr(model, "optimizer", None)
+        offload = getattr(optimizer, "parameter_offload", optimizer)
         if offload is not None:
             _remove_hooks(offload)
         try:
