@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from trl_fast.modeling.segment_attention import SEGMENTS, use_segment_attention
 from trl_fast.modeling.selective_checkpointing import SELECTIVE_CHECKPOINTING, set_selective_checkpointing
 from trl_fast.modeling.tiled_mlp import tile_mlps
 from trl_fast.modeling.upcast_linear_layers import UPCAST, upcast_linear_layers
+from trl_fast.ops.device import device_facts
 
 REQUIRES_GRADS = "make_inputs_require_grads"
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -63,7 +65,8 @@ def machine(monkeypatch):
     """One with a GPU, on whose CPU 16-bit products are slow, and transformers as version 5.17 declares Gemma 2."""
     monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(upcasting, "product_dtype", lambda dtype, device: torch.float32)
+    slow = replace(device_facts(torch.device("cpu")), multiplies_bf16=False)
+    monkeypatch.setattr(upcasting, "device_facts", lambda device: slow)
     monkeypatch.setattr("trl_fast.ops.linear.product_dtype", lambda dtype, device: torch.float32)
 
 

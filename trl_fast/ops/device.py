@@ -134,14 +134,14 @@ def has_gpu() -> bool:
 
 
 # A table: torch.compile looks past functools.cache, and breaks the graph where the CPU is asked.
-_real: dict[torch.device, DeviceFacts] = {}
+known_facts: dict[torch.device, DeviceFacts] = {}
 
 
 def real_facts(device: torch.device) -> DeviceFacts:
     """Returns torch's facts of a device, whatever is simulated."""
-    facts = _real.get(device)
+    facts = known_facts.get(device)
     if facts is None:
-        facts = _real[device] = _ask(device)
+        facts = known_facts[device] = _ask(device)
     return facts
 
 

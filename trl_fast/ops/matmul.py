@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from .backends import load_extension
-from .device import device_facts, real_facts, simulated
+from .device import device_facts, known_facts, real_facts, simulated
 from .memory_pool import reused_empty
 
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
@@ -33,7 +33,7 @@ def gemm_dtype(tensor: torch.Tensor) -> torch.dtype:
 def own_product_serves(out: torch.Tensor, *factors: torch.Tensor) -> bool:
     """Tells whether our kernels compute out (R, C) = (R, H) @ (H, C), given the factors: on a CPU, in float32."""
     # That is device_facts, which is not called for every product.
-    facts = simulated.facts.get(out.device.type) or real_facts(out.device)
+    facts = simulated.facts.get(out.device.type) or known_facts.get(out.device) or real_facts(out.device)
     if not facts.own_products or out.dtype not in _OWN_DTYPES or 1 not in out.stride() or not load_extension().ok:
         return False
     return all(facts.product_dtypes.get(factor.dtype, factor.dtype) == torch.float32 for factor in factors)

@@ -125,7 +125,7 @@ def atens_products(monkeypatch):
 
 
 def forget_device():
-    device._real.clear()
+    device.known_facts.clear()
     for settled in (eager_ops._eager_op, eager_ops._eager_linear):
         settled.cache_clear()
 
