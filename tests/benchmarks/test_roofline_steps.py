@@ -66,7 +66,7 @@ def test_our_dpo_step_computes_a_prompt_once(dpo):
 
 
 def test_merging_reads_two_outputs_and_writes_one(dpo):
-    merged = dpo.ours.by_operator["trl_fast::merge_kernel"]
+    merged = dpo.ours.by_operator["trl_fast::merge_attention"]
     answers, every = 2 * ANSWER * DPO.batch, (DPO.prompt + 2 * ANSWER) * DPO.batch
     assert merged.calls == 2 * LAYERS
     # Outputs in bfloat16, log-sum-exps in float32, and a token's place.
