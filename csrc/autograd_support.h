@@ -6,11 +6,16 @@
 
 #include <optional>
 #include <string_view>
+#include <tuple>
 
 #include "cpu/memory_pool.h"
 
 namespace trl_fast {
 
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+using Both = std::tuple<at::Tensor, at::Tensor>;
 using OptionalTensor = std::optional<at::Tensor>;
 
 // Finds an op of some library by its full name, whatever device it is for.

@@ -10,11 +10,6 @@
 namespace trl_fast {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
-using Both = std::tuple<at::Tensor, at::Tensor>;
-
 OptionalTensor contiguous(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(tensor->contiguous()) : std::nullopt;
 }

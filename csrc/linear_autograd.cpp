@@ -13,11 +13,6 @@
 namespace trl_fast {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
-using Both = std::tuple<at::Tensor, at::Tensor>;
-
 at::Tensor as_rows(const at::Tensor& x) { return x.reshape({-1, x.size(-1)}); }
 
 // Rows (R, V) as (..., V), like x (..., H). It is no view for autograd: who gets it may write to it.

@@ -13,11 +13,6 @@
 namespace trl_fast {
 namespace {
 
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::variable_list;
-using Both = std::tuple<at::Tensor, at::Tensor>;
-
 // Tokens of a row: a range, or an index (N).
 struct Places {
   int64_t start, stop;
