@@ -1,6 +1,6 @@
 """Chooses ops whose backward passes are in C++, torch.ops.trl_fast.eager_*, for who calls them one by one.
 
-A call of an op in Python takes some three times the host's time (benchmarks.host_time). Those are for what no C++ or
+A call of an op in Python takes 2.6 to 4.7 times the host's time (benchmarks.host_time). Those are for what no C++ or
 CUDA kernel serves, and for who looks at ops as wholes: compilers, simulations, and functional transforms, which they
 refuse.
 """
