@@ -62,13 +62,13 @@ def _norm_cases() -> Iterator[KernelCase]:
 def _gate_cases() -> Iterator[KernelCase]:
     for dtype, itemsize in _ITEMSIZE.items():
         block, num_warps = layer_kernels.GATE_BYTES // itemsize, layer_kernels.GATE_WARPS
-        share = _share(block, num_warps)
+        share, sizes = _share(block, num_warps), {"num_columns": "i32", "blocks": "i32"}
         for number, name in enumerate(("silu", "gelu_tanh", "gelu")):
             constants = {"ACTIVATION": number, "BLOCK": block}
             yield KernelCase(
                 f"gated_activation {name} {dtype}",
                 layer_kernels.gate_kernel,
-                {**_strided("gate up", dtype, "stride"), "out": f"*{dtype}", "num_columns": "i32"},
+                {**_strided("gate up", dtype, "stride"), "out": f"*{dtype}", **sizes},
                 constants,
                 num_warps,
                 scalar_loads=0,
@@ -77,7 +77,7 @@ def _gate_cases() -> Iterator[KernelCase]:
             yield KernelCase(
                 f"gated_activation backward {name} {dtype}",
                 layer_kernels.gate_backward_kernel,
-                {**_strided("grad gate up grad_gate grad_up", dtype, "stride"), "num_columns": "i32"},
+                {**_strided("grad gate up grad_gate grad_up", dtype, "stride"), **sizes},
                 constants,
                 num_warps,
                 scalar_loads=0,

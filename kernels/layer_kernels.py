@@ -277,15 +277,17 @@ def _activated(x, ACTIVATION: tl.constexpr, IS_EXACT: tl.constexpr):
 
 
 @triton.jit
-def _block_of(num_columns, BLOCK: tl.constexpr):
-    """Returns this program's row, 64-bit, its columns, 64-bit, and which of them are there."""
-    blocks = tl.cdiv(num_columns, BLOCK)
+def _block_of(num_columns, blocks, BLOCK: tl.constexpr):
+    """Returns this program's row, 64-bit, its columns, 64-bit, and which of them are there.
+
+    blocks: of a row. The host counts them: near 2^31 columns, a sum here would not fit 32 bits.
+    """
     row = (tl.program_id(0) // blocks).to(tl.int64)
     columns = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return row, columns, columns < num_columns
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def gate_kernel(
     gate,
     gate_stride,
@@ -293,19 +295,20 @@ def gate_kernel(
     up_stride,
     out,
     num_columns,
+    blocks,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Computes activation(gate) · up for BLOCK columns of a row."""
     dtype: tl.constexpr = out.dtype.element_ty
-    row, columns, mask = _block_of(num_columns, BLOCK)
+    row, columns, mask = _block_of(num_columns, blocks, BLOCK)
     g = tl.load(gate + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
     value, _ = _activated(g, ACTIVATION, dtype == tl.float32)
     tl.store(out + row * num_columns + columns, (value.to(dtype).to(tl.float32) * u).to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def gate_backward_kernel(
     grad,
     grad_stride,
@@ -318,12 +321,13 @@ def gate_backward_kernel(
     grad_up,
     grad_up_stride,
     num_columns,
+    blocks,
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Computes both gradients for BLOCK columns of a row; the activation is computed again."""
     dtype: tl.constexpr = gate.dtype.element_ty
-    row, columns, mask = _block_of(num_columns, BLOCK)
+    row, columns, mask = _block_of(num_columns, blocks, BLOCK)
     out_grad = tl.load(grad + row * grad_stride + columns, mask=mask, other=0.0).to(tl.float32)
     g = tl.load(gate + row * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + row * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
@@ -346,13 +350,15 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, activation: int, out:
         return
     gate, up, out = _as_one_row((gate, up, out))
     (num_rows, num_columns), block = gate.shape, GATE_BYTES // gate.element_size()
-    gate_kernel[(num_rows * triton.cdiv(num_columns, block),)](
+    blocks = triton.cdiv(num_columns, block)
+    gate_kernel[(num_rows * blocks,)](
         gate,
         gate.stride(0),
         up,
         up.stride(0),
         out,
         num_columns,
+        blocks,
         ACTIVATION=activation,
         BLOCK=block,
         num_warps=GATE_WARPS,
@@ -373,7 +379,8 @@ def gated_activation_backward(
         return
     grad, gate, up, grad_gate, grad_up = tensors = _as_one_row((grad, gate, up, grad_gate, grad_up))
     (num_rows, num_columns), block = gate.shape, GATE_BYTES // gate.element_size()
+    blocks = triton.cdiv(num_columns, block)
     strided = (argument for tensor in tensors for argument in (tensor, tensor.stride(0)))
-    gate_backward_kernel[(num_rows * triton.cdiv(num_columns, block),)](
-        *strided, num_columns, ACTIVATION=activation, BLOCK=block, num_warps=GATE_WARPS
+    gate_backward_kernel[(num_rows * blocks,)](
+        *strided, num_columns, blocks, ACTIVATION=activation, BLOCK=block, num_warps=GATE_WARPS
     )

@@ -158,8 +158,9 @@ def merge_tiles_kernel(
         mask = (tiles < num_tiles)[:, None] & there[None, :]
         slot = parts + tiles.to(tl.int64)[:, None] * tile_stride + rows[None, :]
         tile_top = tl.load(slot, mask=mask, other=-float("inf"))
-        tile_sum = tl.load(slot + slot_stride, mask=mask, other=0.0)
-        slot += 2 * slot_stride
+        slot += slot_stride
+        tile_sum = tl.load(slot, mask=mask, other=0.0)
+        slot += slot_stride
         if KEEP:
             place = tops + rows.to(tl.int64)[:, None] * tops_stride + tiles[None, :]
             tl.store(place, tl.trans(tile_top), mask=tl.trans(mask))

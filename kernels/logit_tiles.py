@@ -180,9 +180,11 @@ def tile_sums(
 def store_tile(parts, slot_stride, top, sums, mask, OUTPUTS: tl.constexpr):
     """Writes a tile's largest logits and the sums that OUTPUTS asks for to its slots."""
     s, sum_x, sum_sq, total, before, _ = sums
+    # Slots are stepped through, for their stride is a 32-bit number whose multiples need not be.
     tl.store(parts, top, mask=mask)
-    tl.store(parts + slot_stride, s, mask=mask)
-    slot = parts + 2 * slot_stride
+    slot = parts + slot_stride
+    tl.store(slot, s, mask=mask)
+    slot += slot_stride
     if ENTROPY & OUTPUTS:
         tl.store(slot, sum_x, mask=mask)
         slot += slot_stride

@@ -15,6 +15,8 @@ from .launching import on_tensors_device
 BLOCK, NUM_WARPS = 1024, 4
 # One program sums a whole pair, so it gets more threads.
 PAIR_BLOCK, PAIR_WARPS = 2048, 8
+# CUDA has no more blocks along y.
+MOST_PARTS = 65535
 
 # The formulas of each op, by name. Margin losses read the difference of the two rewards only.
 MARGIN_LOSSES = ("sigmoid", "sigmoid_norm", "robust", "hinge", "ipo", "exo_pair", "discopop")
@@ -344,7 +346,7 @@ def pair_loss_backward(
     if not sequences:
         return
     # As many programs as equally long sequences would need; the longer ones loop.
-    programs = max(1, triton.cdiv(len(out), sequences * BLOCK))
+    programs = min(max(1, triton.cdiv(len(out), sequences * BLOCK)), MOST_PARTS)
     pair_loss_backward_kernel[(sequences, programs)](
         gradients,
         cu_seqlens,

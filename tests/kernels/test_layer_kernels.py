@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -147,6 +148,26 @@ def test_offsets_beyond_32_bits(kernels):
     kernels.rotary(heads, *way, False, there[None, None])
     kernels.rotary(x[None, None], *way, False, dense[None, None])
     assert torch.equal(there, dense)
+
+
+def test_gates_short_of_2_31_have_all_their_blocks(monkeypatch):
+    """As one row of 2³¹ − 8 columns, to which a kernel could not add a block's in 32 bits."""
+    launched = []
+    for name in ("gate_kernel", "gate_backward_kernel"):
+        kernel = getattr(layer_kernels, name)
+
+        def launch(*args, grid, names=kernel.arg_names, **options):
+            launched.append((grid, dict(zip(names, args, strict=False))))
+
+        stub = type("Kernel", (), {"__getitem__": lambda self, grid, launch=launch: partial(launch, grid=grid)})()
+        monkeypatch.setattr(layer_kernels, name, stub)
+    x = torch.empty(2**28 - 1, 8, dtype=torch.bfloat16, device="meta")
+    layer_kernels.gated_activation(x, x, 0, x)
+    layer_kernels.gated_activation_backward(x, x, x, 0, x, x)
+    for grid, given in launched:
+        assert given["num_columns"] == 2**31 - 8
+        assert grid == (2**20,) and given["blocks"] == 2**20
+    assert len(launched) == 2
 
 
 @pytest.mark.parametrize(

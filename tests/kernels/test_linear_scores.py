@@ -193,6 +193,21 @@ def test_slices_of_the_weight_give_the_same_bits(shape, columns, tiles):
     assert torch.equal(kept_by_slices.tops, kept.tops)
 
 
+def test_sums_of_many_rows_lie_beyond_32_bits():
+    """As those of a million rows and 256,000 columns do; only the pages that are touched take memory."""
+    problem = make_problem(5, 300, dtype=torch.bfloat16)
+    slot_stride, outputs = 2**30, output_mask(("entropy",))
+    parts = torch.empty(2 * slot_stride + 15).as_strided((3, 3, 5), (slot_stride, 5, 1))
+    state = new_state(5, CPU)
+    strides, given = (slot_stride, 5, state, 5), (problem.hidden.detach(), problem.weight.detach(), problem.targets)
+    linear_scores.score_slice(*given, None, (1.0, 0.0, 1.0), outputs, None, parts, strides, SMALL)
+    linear_scores.merge_tiles_kernel[(1,)](
+        parts, *strides, parts, 0, 5, 3, OUTPUTS=outputs, KEEP=False, ROWS=16, TILES=4
+    )
+    found = finish_scores(state, outputs, 300, torch.float32)
+    assert torch.equal(found[[LOGPROB_ROW, ENTROPY_ROW]], run(problem, outputs)[0][[LOGPROB_ROW, ENTROPY_ROW]])
+
+
 @pytest.mark.parametrize("largest", [(130, 300, 320), (300, 320), (320, 325)])
 def test_top1(largest):
     """The first of several largest logits counts, in whichever tiles they are."""

@@ -99,6 +99,23 @@ def test_pair_inputs_need_not_be_contiguous():
     torch.testing.assert_close(got, expected)
 
 
+def test_sequences_have_no_more_programs_than_cuda_has(monkeypatch):
+    grids = []
+    stub = type(
+        "Kernel", (), {"__getitem__": lambda self, grid: grids.append(grid) or (lambda *args, **options: None)}
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "pair_loss_backward_kernel", stub())
+        given = torch.empty(2, device="meta"), torch.empty(3, device="meta"), None, None
+        kernels.pair_loss_backward(*given, torch.empty(2**28, device="meta"))
+    assert grids == [(2, 65535)]
+    # A program loops then.
+    monkeypatch.setattr(kernels, "MOST_PARTS", 2)
+    out, cu_seqlens = torch.empty(5 * kernels.BLOCK + 3), torch.tensor([0, 5 * kernels.BLOCK, 5 * kernels.BLOCK + 3])
+    kernels.pair_loss_backward(torch.tensor([2.0, 3.0]), cu_seqlens, torch.ones(1), None, out)
+    assert torch.equal(out, torch.tensor([2.0, 3.0]).repeat_interleave(cu_seqlens.diff()))
+
+
 def test_no_pairs():
     arguments = pair_problem(()).arguments()
     losses, sequence_logprobs = pair_loss(*arguments, backend="triton")
