@@ -114,7 +114,8 @@ def start(context: multiprocessing.context.BaseContext, phase: Phase, arguments:
 def give_turn(running: Running, seconds: float) -> str:
     """Lets a process run for so long; how it ended."""
     with contextlib.suppress(BrokenPipeError):
-        running.turn.send(seconds)
+        # What a process still prepares is of its time, so that it is told of a deadline and not of seconds.
+        running.turn.send(time.monotonic() + seconds)
     running.process.join(seconds + GRACE)
     if running.process.is_alive():
         running.process.kill()

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -67,22 +67,38 @@ class Checked(NamedTuple):
         return self.error <= self.allowed
 
 
-def run(kit: Kit) -> None:
-    """Runs every check of this module."""
-    sizes = {"rows": 22, "hidden": 16, "vocab": 301} if kit.tiny else {}
-    checks = {
-        "heads": functools.partial(check_heads, kit.device, **sizes),
-        "layers": functools.partial(check_layers, kit.device, scale=1 if kit.tiny else 8),
-        "losses": functools.partial(check_losses, kit.device, longest=40 if kit.tiny else 3000),
-        "merged attention": functools.partial(check_merged_attention, kit.device, scale=1 if kit.tiny else 64),
-        "attention": functools.partial(check_attention, kit.device, scale=1 if kit.tiny else 8),
-        "layouts": functools.partial(check_layouts, kit.device),
-        "fused scores": functools.partial(check_fused_scores, kit.device),
-        "many logits": functools.partial(check_many_logits, kit.device, kit.tiny),
+# Those whose kernels take long to compile.
+_COMPILED_AHEAD = {"layers", "losses", "merged attention", "FlexAttention"}
+
+
+def run(kit: Kit, names: Sequence[str] = ()) -> None:
+    """Runs checks of this module: all, or those of these names."""
+    report_checks(kit, checks(kit.device, kit.tiny, names))
+
+
+def prepare(device: torch.device, tiny: bool, names: Sequence[str] = ()) -> None:
+    """Lets kernels be compiled while earlier phases have the GPU, by checks in small; what is wrong is found later."""
+    if device.type == "cuda" and not tiny:
+        for name, check in checks(device, True, [name for name in names if name in _COMPILED_AHEAD]).items():
+            deque(to_the_end(name, check), maxlen=0)
+
+
+def checks(device: torch.device, tiny: bool, names: Sequence[str]) -> dict[str, Callable[[], Iterator[Checked]]]:
+    """Returns the checks for a device by their names, of all or of these names."""
+    sizes = {"rows": 22, "hidden": 16, "vocab": 301} if tiny else {}
+    every = {
+        "heads": functools.partial(check_heads, device, **sizes),
+        "fused scores": functools.partial(check_fused_scores, device),
+        "many logits": functools.partial(check_many_logits, device, tiny),
+        "layers": functools.partial(check_layers, device, scale=1 if tiny else 8),
+        "losses": functools.partial(check_losses, device, longest=40 if tiny else 3000),
+        "merged attention": functools.partial(check_merged_attention, device, scale=1 if tiny else 64),
+        "attention": functools.partial(check_attention, device, scale=1 if tiny else 8),
+        "layouts": functools.partial(check_layouts, device),
     }
-    if kit.device.type == "cuda":
-        checks["FlexAttention"] = functools.partial(check_flex_attention, kit.device)
-    report_checks(kit, checks)
+    if device.type == "cuda":
+        every["FlexAttention"] = functools.partial(check_flex_attention, device)
+    return {name: check for name, check in every.items() if not names or name in names}
 
 
 def report_checks(kit: Kit, checks: dict[str, Callable[[], Iterator[Checked]]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+from collections import deque
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,8 @@ import torch
 from trl_fast.modeling.attention.tree_attention import tree_attention
 
 from ..head_size import Size
-from .correctness import backends_for
+from .correctness import backends_for, check_layers
+from .divergences import check_divergences
 from .float64_cases import HeadProblem, head_cases, loss_cases
 from .tuning import fused_call, row_kernels, variants
 
@@ -41,6 +43,16 @@ def attention(_: Size, device: torch.device) -> None:
     tree_attention(query, key, value, ((10, 12, 8), (20, 10)), image_runs=((2, 9),)).sum().backward()
 
 
+def layers(_: Size, device: torch.device) -> None:
+    """Runs the ops of a layer forward and backward, rows in packs and others."""
+    deque(check_layers(device, scale=1), maxlen=0)
+
+
+def divergences(_: Size, device: torch.device) -> None:
+    """Runs every divergence of two heads forward and backward."""
+    deque(check_divergences(device, rows=9, hidden=64, vocab=4100), maxlen=0)
+
+
 def kernels(size: Size, device: torch.device) -> None:
     """Runs each row kernel and the fused one, once."""
     for backend in backends_for("linear_logprob", device, torch.bfloat16):
@@ -52,7 +64,7 @@ def kernels(size: Size, device: torch.device) -> None:
 
 
 NAMES: dict[str, Callable[[Size, torch.device], None]] = {
-    function.__name__: function for function in (head, losses, attention, kernels)
+    function.__name__: function for function in (head, losses, layers, divergences, attention, kernels)
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-import time
 import traceback
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,7 +17,8 @@ def work(
 ) -> None:
     """Runs a module's phase `name`: its `run` gets a Kit and the words; output goes to a log beside the facts.
 
-    Exits with 1 if the phase raised, which is among the facts then.
+    turn: gives the deadline, by time.monotonic(), when the phase may begin. Exits with 1 if the phase raised, which is
+    among the facts then.
     """
     _to_log(path.with_suffix(".log"))
     facts = Facts(path, name)
@@ -28,11 +28,11 @@ def work(
         from .phase_context import Kit
 
         phase = importlib.import_module(module if "." in module else f"benchmarks.gpu_kit.{module}")
-        where = torch.device(device)
+        where, given = torch.device(device), [list(words)] if words else []
         if hasattr(phase, "prepare"):
-            phase.prepare(where, tiny)
-        seconds = turn.recv()
-        phase.run(Kit(where, facts, tiny, time.monotonic() + seconds), *([list(words)] if words else []))
+            phase.prepare(where, tiny, *given)
+        deadline = turn.recv()
+        phase.run(Kit(where, facts, tiny, deadline), *given)
     except EOFError:  # the supervisor is gone
         sys.exit(1)
     except Exception as error:

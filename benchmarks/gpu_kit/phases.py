@@ -21,6 +21,16 @@ def step(method: str, library: str, seconds: float, *words: str) -> Phase:
     return Phase(name, "steps", seconds, 12, ("--method", method, "--library", library, *words))
 
 
+def correctness(heads: float, layers: float, attention: float) -> list[Phase]:
+    """Returns the phases of the checks, so that no kind of them takes the time of another."""
+    checks = (
+        ("heads", heads, ("heads", "fused scores", "many logits")),
+        ("layers", layers, ("layers", "losses", "merged attention")),
+        ("attention", attention, ("attention", "layouts", "FlexAttention")),
+    )
+    return [Phase(f"correctness of {what}", "correctness", seconds, 5, names) for what, seconds, names in checks]
+
+
 _STEPS = [
     step("dpo", "trl_fast", 30, "--host"),
     step("dpo", "trl", 30),
@@ -36,8 +46,8 @@ _STEPS = [
 PLANS = {
     "first": [
         Phase("environment", "environment", 20),
+        *correctness(70, 40, 45),
         Phase("ceilings", "ceilings", 20),
-        Phase("correctness", "correctness", 70),
         Phase("heads", "heads", 85),
         Phase("divergences", "divergences", 40),
         Phase("profiling", "profiling", 20),
@@ -49,7 +59,7 @@ PLANS = {
     # After a mend: what may have changed, without what the card alone decides.
     "second": [
         Phase("environment", "environment", 20),
-        Phase("correctness", "correctness", 50),
+        *correctness(45, 25, 30),
         Phase("heads", "heads", 70),
         Phase("divergences", "divergences", 30),
         Phase("profiling", "profiling", 15),
@@ -57,7 +67,8 @@ PLANS = {
         Phase("watching", "watching", 60, 20),
     ],
     "rehearsal": [
-        *(Phase(name, name, 60, 0) for name in ("environment", "ceilings", "correctness", "heads", "profiling")),
+        *(Phase(name, name, 60, 0) for name in ("environment", "ceilings", "heads", "profiling")),
+        *correctness(60, 60, 60),
         *(Phase(name, name, 60, 0) for name in ("divergences", "tuning", "long_context", "watching")),
         *(step(method, "trl_fast", 60, "--host") for method in ("dpo", "sft", "grpo")),
         step("dpo", "trl", 60),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,11 @@ METRICS = {
     "us": "gpu__time_duration.sum",
 }
 _KERNELS = "regex:row_|linear_scores|merge|nvjet"
-CHECKS = (("memcheck", "kernels"), ("racecheck", "kernels"), ("memcheck", "losses"), ("memcheck", "attention"))
+CHECKS = (
+    *(("memcheck", name) for name in ("kernels", "layers", "attention", "divergences")),
+    *(("racecheck", name) for name in ("kernels", "layers", "divergences")),
+    ("memcheck", "losses"),
+)
 # A tool's own start, and what the call takes under it.
 _LEAST_SECONDS = 20
 
@@ -46,9 +51,10 @@ def counters(kit: Kit) -> None:
         return
     words = ["--csv", "--clock-control", "none", "--metrics", ",".join(METRICS.values()), "-k", _KERNELS, "-c", "40"]
     found = _ended([program, *words, *_call(kit, "kernels", "large")], kit)
-    lines = [line for line in (found or "").splitlines() if line.startswith('"')]
+    printed = "it ran past its time" if found is None else found.stdout + found.stderr
+    lines = [line for line in printed.splitlines() if line.startswith('"')]
     if not lines:
-        kit.facts.skip(what, (found or "it ran past its time").strip()[-200:])
+        kit.facts.skip(what, printed.strip()[-200:])
         return
     kernels: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     names = {metric: name for name, metric in METRICS.items()}
@@ -71,18 +77,30 @@ def check(kit: Kit, tool: str, name: str) -> None:
     if found is None:
         kit.facts.skip(what, "it ran past its time")
         return
-    words = [line for line in found.splitlines() if line.startswith("=========")]
-    clean = any("ERROR SUMMARY: 0 errors" in line or "0 hazards" in line for line in words)
-    if clean:
-        kit.facts.add(f"check {what}", right=1, wrong=0)
+    errors, said = errors_in(found.stdout + found.stderr)
+    if errors:
+        kit.facts.add(f"WRONG {what}: {said}", error=float("inf"), allowed=0.0)
+    elif errors is None or found.returncode:
+        kit.facts.skip(what, f"the call ended with {found.returncode}: {said}")
     else:
-        kit.facts.add(f"WRONG {what}: {' '.join(words[1:4])[:200]}", error=float("inf"), allowed=0.0)
+        kit.facts.add(f"check {what}", right=1, wrong=0)
 
 
-def _ended(command: list[str], kit: Kit) -> str | None:
-    """Returns all that a command printed, None if it did not end in time."""
+def errors_in(printed: str) -> tuple[int | None, str]:
+    """Returns how many errors or hazards a tool counted, None if it counted nothing, and the first of its words.
+
+    Where it finds nothing wrong, or stopped before, these are the last words that were printed.
+    """
+    counted = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", printed)
+    errors = int(counted[1]) if counted else None
+    lines = [line for line in printed.splitlines() if line.strip() and "SUMMARY" not in line]
+    said = [line for line in lines if line.startswith("=========")][1:4] if errors else lines[-1:]
+    return errors, " ".join(said)[:200]
+
+
+def _ended(command: list[str], kit: Kit) -> subprocess.CompletedProcess | None:
+    """Returns what became of a command, None if it did not end in time."""
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, kit.seconds_left))
+        return subprocess.run(command, capture_output=True, text=True, timeout=max(1.0, kit.seconds_left))
     except subprocess.TimeoutExpired:
         return None
-    return found.stdout + found.stderr

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
 from benchmarks.gpu_kit import __main__ as kit_main
-from benchmarks.gpu_kit import correctness, divergences, float64_cases
+from benchmarks.gpu_kit import correctness, divergences, float64_cases, watching
 from benchmarks.gpu_kit.facts import Facts, default_path, read_facts
 from benchmarks.gpu_kit.gpu_timing import Clock, Timed
 from benchmarks.gpu_kit.phases import PLANS, Phase
@@ -114,6 +116,49 @@ def test_bad_arguments_are_named(words, message, capsys):
     with pytest.raises(SystemExit):
         kit_main.parse_arguments(words)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("printed", "errors", "said"),
+    [
+        ("========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n", 0, "========= COMPUTE-SANITIZER"),
+        ("========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n", 0, ""),
+        (
+            "========= COMPUTE-SANITIZER\n========= Invalid write\nat x\n========= ERROR SUMMARY: 3 errors",
+            3,
+            "Invalid",
+        ),
+        ("========= COMPUTE-SANITIZER\n========= Race\n========= RACECHECK SUMMARY: 2 hazards displayed", 2, "Race"),
+        ("========= COMPUTE-SANITIZER\n========= Error: Device not supported\n", None, "not supported"),
+        (
+            "========= COMPUTE-SANITIZER\nTraceback\nValueError: no\n========= ERROR SUMMARY: 0 errors",
+            0,
+            "ValueError: no",
+        ),
+    ],
+)
+def test_what_a_checker_of_memory_says(printed, errors, said):
+    found, words = watching.errors_in(printed)
+    assert found == errors and said in words
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_phase_that_still_prepares_is_told_of_its_deadline(late, monkeypatch):
+    """What it prepares in its turn is of its time."""
+    here, there = multiprocessing.Pipe()
+    monkeypatch.setattr(kit_main.time, "monotonic", lambda: 1000.0)
+    process = SimpleNamespace(join=lambda seconds=None: None, is_alive=lambda: late, kill=lambda: None, exitcode=0)
+    assert kit_main.give_turn(kit_main.Running(process, here), 60.0).startswith("ended" if late else "done")
+    assert there.recv() == 1060.0
+
+
+def test_checks_are_in_phases_of_their_own():
+    """Each check of a GPU is in one phase of every plan, so that none takes the time of all others."""
+    every = set(correctness.checks(torch.device("cuda"), False, ()))
+    for plan in PLANS.values():
+        named = [name for phase in plan if phase.module == "correctness" for name in phase.arguments]
+        assert sorted(named) == sorted(every)
+    assert every >= correctness._COMPILED_AHEAD
 
 
 # ---- checks
