@@ -144,7 +144,7 @@ def test_what_a_checker_of_memory_says(printed, errors, said):
 
 @pytest.mark.parametrize("late", [False, True])
 def test_a_phase_that_still_prepares_is_told_of_its_deadline(late, monkeypatch):
-    """What it prepares in its turn is of its time."""
+    """Preparing goes on in its turn, and takes of its time."""
     here, there = multiprocessing.Pipe()
     monkeypatch.setattr(kit_main.time, "monotonic", lambda: 1000.0)
     process = SimpleNamespace(join=lambda seconds=None: None, is_alive=lambda: late, kill=lambda: None, exitcode=0)
