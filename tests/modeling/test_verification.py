@@ -48,6 +48,18 @@ def test_the_short_trees():
     assert [len(tree.prompt_ids) for tree in probe_trees(SEQUENCES, config)] == [16, 2]
 
 
+def test_sequences_of_one_length_are_read_together():
+    """A trial of a large model is a matter of passes: its weights are read in each, or sent by other processes."""
+    model, passes = prepared(), []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: passes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    assert verify(model, SEQUENCES, layout="shared_prefix").packed_ok
+    alone = [(3, 41), (1, 21), (2, 17), (1, 6)]
+    # A prompt of two tokens is not worth sharing: it stands before both completions.
+    assert passes == [*alone, *alone, (1, 21 + 20 + 17 + 3 + 3 + 16 + 5 + 1 + 2 + 15 + 2 + 4)]
+
+
 @pytest.mark.parametrize("layout", ["shared_prefix", "packed"])
 def test_a_prompt_whose_keys_have_no_graph_gives_a_wrong_gradient_alone(layout, monkeypatch):
     """The scores are right; a row that shares nothing has no such prompts."""

@@ -37,8 +37,8 @@ GRADIENT_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0
 
 # Tokens of a prompt and of what continues it; one completion goes on in two ways. Prompts have different lengths, so
 # that some are padded where a layer makes a batch of them; one is shorter than convolutions are wide; one completion
-# is a single token, as in decoding.
-_SHAPES: tuple[TreeLengths, ...] = ((21, 12, (17, 5, 3)), (16, 5, 1), (2, 7, 4))
+# is a single token, as in decoding. Sequences of one length follow each other, so that a pass reads them together.
+_SHAPES: tuple[TreeLengths, ...] = ((21, 20, (17, 3, 3)), (16, 5, 1), (2, 15, 4))
 # The longest window while they are tried out: all of them cross it, in front of branches and within them.
 _WINDOW = 6
 
@@ -150,7 +150,7 @@ def verify_rewards(
     kind, pad = images.layout if images else None, config.pad_token_id
     pairs = [[*tree_sequences(tree)][:2] for tree in probe_trees(sequences, config, images.trees if images else ())]
     # The last token may be the pad token, which transformers' classifiers do not read.
-    alone = [end_batch(batch, pad).to(device) for pair in pairs for batch in _singles(pair, pad, kind)]
+    alone = [end_batch(batch, pad).to(device) for batch in _unpadded([*itertools.chain(*pairs)], pad, kind)]
     row = None
     if layout is not None:
         ids, shown = [(first.ids, second.ids) for first, second in pairs], [first.images for first, _ in pairs]
@@ -160,7 +160,7 @@ def verify_rewards(
         return rewards(model, batch)
 
     with _trying_out(model):
-        logits = model(input_ids=alone[0].input_ids, use_cache=False).logits
+        logits = model(input_ids=alone[0].input_ids[:1], use_cache=False).logits
         if logits.shape != (1, 1):
             raise ValueError(
                 f"{type(model).__name__} returns logits of shape {tuple(logits.shape)} for one sequence; expected "
@@ -194,14 +194,21 @@ def _tree_of(shape: TreeLengths, tokens: Iterator[int]) -> Tree:
 def _alone(
     trees: list[Tree], pad_token_id: int, device: torch.device, kind: ImageLayout | None = None
 ) -> list[TokenBatch]:
-    """Returns a batch for each sequence of some trees, in order, which has no padding."""
+    """Returns batches of the sequences of some trees, in order, which have no padding."""
     sequences = [each for tree in trees for each in tree_sequences(tree)]
-    return [batch.to(device) for batch in _singles(sequences, pad_token_id, kind)]
+    return [batch.to(device) for batch in _unpadded(sequences, pad_token_id, kind)]
 
 
-def _singles(sequences: Sequence[TokenSequence], pad_token_id: int, kind: ImageLayout | None) -> list[TokenBatch]:
-    single = [Tree(each.ids[: each.start], [each.ids[each.start :]], each.images) for each in sequences]
-    return [pack_trees([tree], PADDED, pad_token_id, image_layout=kind) for tree in single]
+def _unpadded(sequences: Sequence[TokenSequence], pad_token_id: int, kind: ImageLayout | None) -> Iterator[TokenBatch]:
+    """Yields batches of sequences that follow each other and have one length; one with images stands alone."""
+
+    def length_and_place(numbered: tuple[int, TokenSequence]) -> tuple[int, int]:
+        number, sequence = numbered
+        return len(sequence.ids), number if sequence.images else -1
+
+    for _, alike in itertools.groupby(enumerate(sequences), key=length_and_place):
+        trees = [Tree(each.ids[: each.start], [each.ids[each.start :]], each.images) for _, each in alike]
+        yield pack_trees(trees, PADDED, pad_token_id, image_layout=kind)
 
 
 @contextmanager
@@ -270,7 +277,7 @@ def _compare(
     row: TokenBatch | None,
     read: Callable[[TokenBatch], torch.Tensor],
 ) -> _Comparison:
-    """Compares what `read` finds in a row with what it finds in the batches of its sequences, one by one."""
+    """Compares what `read` finds in a row with what it finds in batches of its sequences."""
     if row is None:
         return _Comparison(torch.cat([read(batch) for batch in alone]))
     found: list[_Reading] = []
