@@ -199,6 +199,33 @@ def test_rows_in_three_dimensions_are_read_where_they_lie(kernels):
     torch.testing.assert_close(out, torch.nn.functional.rms_norm(x, (64,), eps=checks.EPS))
 
 
+def behind(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a copy that lies one number behind a multiple of sixteen bytes."""
+    room = tensor.new_empty(tensor.numel() + 1)
+    assert room.data_ptr() % 16 == 0
+    return room[1:].view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("dtype", checks.DTYPES, ids=str)
+@pytest.mark.parametrize("misplaced", ["draw", "poisoned"])
+def test_rows_that_begin_anywhere_are_read_and_written_number_by_number(
+    compile_host, misplaced, dtype, monkeypatch, capfd
+):
+    """Widths are those of whole packs; what is read, or what is written, does not begin where packs do."""
+    misaligned = HostKernels(compile_host("layer_kernels_simt.cpp", "-shared", "-fPIC", "-fsanitize=alignment"))
+    right = getattr(checks, misplaced)
+    monkeypatch.setattr(checks, misplaced, lambda *given, **more: behind(right(*given, **more)))
+    for shape in ((5, 128), (2, 4096)):
+        checks.check_norm(misaligned, shape, dtype, "llama")
+        checks.check_residual_norm(misaligned, shape, dtype)
+        checks.check_gate(misaligned, shape, dtype, "silu", halves=False)
+        checks.check_gate(misaligned, shape, dtype, "silu", halves=True)
+    for pairs in PAIRS:
+        checks.check_rotary(misaligned, (2, 3, 5, 64, 32), dtype, pairs, one_angle=False, upcast=False)
+        checks.check_norm_rotary(misaligned, (2, 3, 5, 64, 32), dtype, "gemma", pairs, one_angle=True, upcast=True)
+    assert "misaligned" not in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("target", QUICK_TARGETS)
 def test_compiled_kernels_do_not_spill_and_move_sixteen_bytes_at_once(target):
     nvcc = find_nvcc()
