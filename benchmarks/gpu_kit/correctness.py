@@ -79,8 +79,8 @@ def run(kit: Kit, names: Sequence[str] = ()) -> None:
 def prepare(device: torch.device, tiny: bool, names: Sequence[str] = ()) -> None:
     """Lets kernels be compiled while earlier phases have the GPU, by checks in small; what is wrong is found later."""
     if device.type == "cuda" and not tiny:
-        for name, check in checks(device, True, [name for name in names if name in _COMPILED_AHEAD]).items():
-            deque(to_the_end(name, check), maxlen=0)
+        for name, check in checks(device, True, names).items():
+            deque(to_the_end(name, check) if name in _COMPILED_AHEAD else (), maxlen=0)
 
 
 def checks(device: torch.device, tiny: bool, names: Sequence[str]) -> dict[str, Callable[[], Iterator[Checked]]]:

@@ -161,6 +161,18 @@ def test_checks_are_in_phases_of_their_own():
     assert every >= correctness._COMPILED_AHEAD
 
 
+def test_checks_whose_kernels_take_long_to_compile_are_prepared(monkeypatch):
+    ran = []
+    for name in vars(correctness).copy():
+        if name.startswith("check_"):
+            monkeypatch.setattr(correctness, name, lambda *_, name=name, **__: ran.append(name) or iter(()))
+    for phase in PLANS["first"]:
+        if phase.module == "correctness":
+            correctness.prepare(torch.device("cuda"), False, phase.arguments)
+            correctness.prepare(torch.device("cuda"), True, phase.arguments)
+    assert ran == ["check_layers", "check_losses", "check_merged_attention", "check_flex_attention"]
+
+
 # ---- checks
 
 
