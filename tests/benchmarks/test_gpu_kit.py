@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import subprocess
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -140,6 +141,36 @@ def test_bad_arguments_are_named(words, message, capsys):
 def test_what_a_checker_of_memory_says(printed, errors, said):
     found, words = watching.errors_in(printed)
     assert found == errors and said in words
+
+
+@pytest.mark.parametrize(
+    ("printed", "code", "fact"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, {"what": "check memcheck of layers", "right": 1, "wrong": 0}),
+        ("a\n========= ERROR SUMMARY: 0 errors", 1, {"skipped": "the call ended with 1: a"}),
+        ("========= Error: no device", 1, {"skipped": "the call ended with 1: ========= Error: no device"}),
+        (
+            "========= C\n========= Bad\n========= ERROR SUMMARY: 1 error",
+            0,
+            {"what": "WRONG memcheck of layers: ========= Bad"},
+        ),
+    ],
+)
+def test_a_checker_of_memory_sees_where_each_tensor_ends(printed, code, fact, tmp_path, monkeypatch):
+    ran = []
+
+    def run(command, env, **_):
+        ran.append((command[:3], env["PYTORCH_NO_CUDA_MEMORY_CACHING"]))
+        return subprocess.CompletedProcess(command, code, printed, "")
+
+    monkeypatch.setattr(watching.shutil, "which", lambda name: name)
+    monkeypatch.setattr(watching.subprocess, "run", run)
+    facts = Facts(tmp_path / "facts.jsonl", "watching")
+    kit = SimpleNamespace(is_gpu=True, device="cuda", seconds_left=9.0, facts=facts)
+    watching.check(kit, "memcheck", "layers")
+    assert ran == [(["compute-sanitizer", "--tool", "memcheck"], "1")]
+    (found,) = read_facts(facts.path)
+    assert found.items() >= fact.items()
 
 
 @pytest.mark.parametrize("late", [False, True])
