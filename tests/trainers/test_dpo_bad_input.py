@@ -53,8 +53,10 @@ def test_no_dataset_or_another_thing(build):
         build({"train_dataset": None})
     with pytest.raises(TypeError, match="train_dataset.*got list"):
         build({"train_dataset": [ROW]})
-    with pytest.raises(TypeError, match="eval.*got list"):
+    with pytest.raises(TypeError, match="eval_dataset: .*got list"):
         build({"eval_dataset": [ROW]})
+    with pytest.raises(TypeError, match=r"eval_dataset\['hard'\]: .*got list"):
+        build({"eval_dataset": {"hard": [ROW]}})
 
 
 def test_a_tokenizer_without_pad_and_eos(build):
@@ -96,6 +98,42 @@ def test_models(build, model_path):
         build({"peft_config": lora}, sync_ref_model=True)
     with pytest.raises(ValueError, match="router_aux_loss_coef=0.1"):
         build(router_aux_loss_coef=0.1)
+
+
+def test_models_without_a_name_without_values_or_with_another_vocabulary(build, model_path, tokenizer):
+    with pytest.raises(OSError, match="processing_class is missing: LlamaForCausalLM was not loaded by a name"):
+        build({"model": tiny_model(vocab_size=len(tokenizer))})
+    with pytest.raises(ValueError, match="LlamaForCausalLM is on the meta device"):
+        build({"model": tiny_model().to("meta"), "processing_class": tokenizer})
+    with pytest.raises(ValueError, match="ref_model has another vocabulary.*row 0, column 'prompt_ids'.*100 entries"):
+        build({"ref_model": tiny_model(vocab_size=100)})
+    # Rows that nothing reads may be missing.
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="float32")
+    model.resize_token_embeddings(len(tokenizer) + 24)
+    assert build({"model": model, "processing_class": tokenizer, "ref_model": model_path}).ref_model is not None
+
+
+def test_an_optimizer_of_other_weights(build, model_path):
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype="float32")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    assert build({"model": model, "optimizers": (optimizer, None)}).optimizer is optimizer
+    with pytest.raises(ValueError, match="optimizers: the optimizer holds no weight that is trained"):
+        build({"optimizers": (optimizer, None)})
+    with pytest.raises(ValueError, match="optimizers: .*With a peft_config"):
+        build({"model": model, "optimizers": (optimizer, None), "peft_config": LoraConfig(task_type="CAUSAL_LM")})
+
+
+@pytest.mark.parametrize("names", [("ref_chosen_logps",), ("ref_chosen_logps", "ref_rejected_logps")])
+@pytest.mark.parametrize("precompute", [False, True])
+def test_numbers_of_a_reference_in_the_dataset_are_not_read(names, precompute, build, caplog):
+    dataset = color_pairs(4)
+    for name in names:
+        dataset = dataset.add_column(name, [-1.0] * 4)
+    trainer = build({"train_dataset": dataset}, precompute_ref_log_probs=precompute, max_steps=1)
+    assert [line for line in caplog.messages if f"The train dataset's columns {list(names)} are not read" in line]
+    trainer.train()
+    # The policy is the reference.
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
 
 
 def test_tokenizer_given_twice_or_of_another_kind(build, tokenizer):

@@ -56,6 +56,21 @@ def test_a_formatted_text_has_no_completion(build):
         build(arguments, completion_only_loss=True)
 
 
+def test_a_formatting_func_that_fails(build):
+    with pytest.raises(ValueError, match="train dataset, row 0: formatting_func raised KeyError: 'story'"):
+        build({"formatting_func": lambda row: row["story"]})
+
+
+@pytest.mark.parametrize("kind", ["text", "messages"])
+@pytest.mark.parametrize("format", ["arrow", "pandas"])
+def test_formats_whose_rows_are_tables(format, kind, build):
+    rows = sft_rows(kind, 4)
+    prepared = build({"train_dataset": rows.with_format(format), "eval_dataset": {"one": rows.with_format(format)}})
+    assert (
+        prepared.train_dataset[:] == prepared.eval_dataset["one"][:] == build({"train_dataset": rows}).train_dataset[:]
+    )
+
+
 def test_templates_that_cannot_mark_the_assistant(build, caplog):
     tokenizer = build_tokenizer()
     arguments = {"train_dataset": sft_rows("messages", 4), "processing_class": tokenizer}

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import trl
+from transformers import HfArgumentParser
 
 import trl_fast
 from support.supervised import sft_rows
@@ -136,6 +137,13 @@ def test_ligers_layers_are_used_but_not_its_head(tmp_path):
     for name in ("fused_linear_cross_entropy", "cross_entropy"):
         with pytest.raises(ValueError, match=f"'{name}': True"):
             config(tmp_path, use_liger_kernel=True, liger_kernel_config={name: True})
+
+
+def test_a_config_is_read_back_from_its_dict_without_the_hubs_token(tmp_path, recwarn):
+    made = config(tmp_path, eos_token="<|im_end|>", hub_token="secret").to_dict()
+    assert made["hub_token"] == "<HUB_TOKEN>"
+    (read,) = HfArgumentParser(trl_fast.SFTConfig).parse_dict(made, allow_extra_keys=True)
+    assert read.eos_token == "<|im_end|>" and not [line for line in recwarn if "older TRL" in str(line.message)]
 
 
 def test_the_config_of_trl_is_accepted(model_path, tmp_path):

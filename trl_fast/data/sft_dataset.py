@@ -305,7 +305,10 @@ def _masked(ids: list[int], masks: list[list[int]]) -> list[int]:
 
 
 def _format_row(example: dict[str, Any], row: int, function: Callable, text_field: str, name: str) -> dict[str, str]:
-    text = function(example)
+    try:
+        text = function(example)
+    except Exception as error:
+        raise ValueError(f"{place(name, row)}: formatting_func raised {type(error).__name__}: {error}") from error
     if not isinstance(text, str):
         raise TypeError(
             f"{place(name, row)}: formatting_func returned {type(text).__name__}; expected a string for each row."

@@ -226,7 +226,8 @@ def test_conversations_become_prompts_and_tables_go_to_wandb(model_path, tmp_pat
     trainer = make_trainer(
         trl_fast, tmp_path, arguments={"model": model_path, "train_dataset": color_pairs(), "eval_dataset": chats()}
     )
-    callback = LogCompletionsCallback(trainer, GREEDY)
+    callback, generate, asked = LogCompletionsCallback(trainer, GREEDY), trainer.model.generate, []
+    monkeypatch.setattr(trainer.model, "generate", lambda **given: asked.append(given) or generate(**given))
     args = SimpleNamespace(per_device_eval_batch_size=2, report_to=["wandb"])
     state = SimpleNamespace(global_step=4, eval_steps=2)
     trainer.model.train()
@@ -236,6 +237,8 @@ def test_conversations_become_prompts_and_tables_go_to_wandb(model_path, tmp_pat
     (table,) = [entry["completions"] for entry in logged]
     assert list(table.columns) == ["step", "prompt", "completion"] and list(table.step) == ["4"] * 3
     assert table.prompt[0] == "<|im_start|>user\nWhat color?<|im_end|>\n<|im_start|>assistant\n"
+    # transformers warns of settings beside a config.
+    assert asked and all("generation_config" in given and "use_cache" not in given for given in asked)
 
 
 def chats():

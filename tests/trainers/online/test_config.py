@@ -62,8 +62,13 @@ def test_an_older_name_gives_one_line_and_no_error(name, method, tmp_path):
 
 REFUSED = [
     ({"sync_ref_model": True, "beta": 0.0}, "sync_ref_model=True with beta=0.0"),
-    ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching=True is not served"),
 ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_continuous_batching_is_named_as_without_effect(method, tmp_path, caplog):
+    config(method, tmp_path, use_transformers_continuous_batching=True)
+    assert "use_transformers_continuous_batching=True has no effect" in caplog.text
 
 
 @pytest.mark.parametrize("method", METHODS)

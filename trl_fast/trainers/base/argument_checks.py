@@ -114,9 +114,11 @@ def checked_arguments(kwargs: dict[str, Any]) -> Iterator[None]:
 
     Raises:
         TypeError: an argument has another type; the message names it.
+        ValueError: the optimizer holds none of the weights that are trained.
         ImportError: a package that report_to needs is missing.
     """
     _check_types(kwargs)
+    _check_holds_weights(kwargs)
     try:
         yield
     except (RuntimeError, ImportError) as error:
@@ -140,3 +142,17 @@ def _check_types(kwargs: dict[str, Any]) -> None:
     optimizers = kwargs.get("optimizers")
     if optimizers is not None and not (isinstance(optimizers, (tuple, list)) and len(optimizers) == 2):
         raise TypeError(f"optimizers: expected an optimizer and a scheduler, each or None, got {optimizers!r}")
+
+
+def _check_holds_weights(kwargs: dict[str, Any]) -> None:
+    """Raises ValueError if an optimizer that is given would change nothing of the model that is given with it."""
+    optimizer = (kwargs.get("optimizers") or (None, None))[0]
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return
+    trained = {id(weight) for weight in kwargs["model"].parameters() if weight.requires_grad}
+    if not any(id(weight) in trained for group in optimizer.param_groups for weight in group["params"]):
+        raise ValueError(
+            "optimizers: the optimizer holds no weight that is trained, so nothing would be learned. With a "
+            "peft_config these are the adapter's, which the trainer makes: set optim in the config instead, or give a "
+            "PeftModel and an optimizer of its parameters"
+        )

@@ -205,6 +205,15 @@ class BaseConfig(TrainingArguments):
         # The command line gives every setting, some of them as other words for the default.
         return {name: value for name, value in changed.items() if not _is_same(value, defaults[name])}
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns all settings for JSON, as the base does, which hides the hub's token.
+
+        It takes `eos_token` for such a secret too, so that a config could not be read back.
+        """
+        secrets = ("hub_token", "push_to_hub_token")
+        shown = (item.name for item in fields(self) if item.name.endswith("_token") and item.name not in secrets)
+        return super().to_dict() | {name: getattr(self, name) for name in shown}
+
     def __post_init__(self) -> None:
         self.pad_to_multiple_of = self._multiple(self.pad_to_multiple_of)
         self.tiled_mlp = self._tile_tokens(self.tiled_mlp)

@@ -57,11 +57,18 @@ def loaded_model(
     """Returns a model as it is, or, where a name is given, what `load` makes of it and of keywords of from_pretrained.
 
     Raises:
-        ValueError: a quantization_config for a model that is loaded already; or as in `loading_options`.
+        ValueError: a quantization_config for a model that is loaded already, or one whose weights have no values; or
+            as in `loading_options`.
     """
     if isinstance(model, str):
         options = loading_options(args, quantization_config)
         return load(model, **options | parallel_options(args, options))
+    # Of several processes, some may get their weights' values from another one later.
+    if args.world_size == 1 and all(weight.is_meta for weight in model.parameters()):
+        raise ValueError(
+            f"model: {type(base_model(model)).__name__} is on the meta device, where weights have no values; give its "
+            "name, or load it with from_pretrained outside of torch.device('meta')"
+        )
     if args.model_init_kwargs:
         logger.warning("model_init_kwargs is ignored: the model is an object that is loaded already.")
     if quantization_config is not None:

@@ -22,7 +22,13 @@ from trl_fast.parallel.partitions import whole_in_forward
 from .batch_reader import AnyBatch, BatchReader
 from .padded_outputs import first_sequences, with_padded_outputs
 from .preference_config import PreferenceConfig
-from .prepared_datasets import check_dataset_type
+from .prepared_datasets import (
+    change_parts,
+    check_dataset_type,
+    check_reference_vocabulary,
+    named_parts,
+    without_columns,
+)
 from .reference import REFERENCE_ATTRIBUTES, ReferencePolicy
 from .tokenizers import older_tokenizer_name
 from .trainer import BaseTrainer
@@ -102,9 +108,12 @@ class PreferenceTrainer(BaseTrainer):
         model = self.resolve_model(model, args, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, model, args)
         train_dataset, eval_dataset = self.prepare_datasets(train_dataset, eval_dataset, processing_class, args, model)
+        train_dataset, eval_dataset = change_parts(self._without_reference_columns, train_dataset, eval_dataset)
         sequences, wanted = self.sample_sequences(train_dataset), self.needs_reference(args)
         self.reference = ReferencePolicy(self)
         model, layout = self.reference.set_up(model, ref_model, args, peft_config, sequences, wanted=wanted)
+        parts = named_parts(train_dataset, eval_dataset)
+        check_reference_vocabulary(parts, self.token_columns, model, self.reference.model)
         collator = self.make_collator(model, processing_class.pad_token_id, layout, args)
         self.batches = BatchReader(collator)
         self.start(
@@ -210,6 +219,11 @@ class PreferenceTrainer(BaseTrainer):
             )
         batch = self.batches.token_batch(inputs)
         return tuple(self.reference_logprobs(batch).view(-1, len(self.reference_columns)).unbind(1))
+
+    def _without_reference_columns(self, dataset: AnyDataset, name: str) -> AnyDataset:
+        """Returns a given dataset without numbers of a reference, which may have been another one, as in TRL."""
+        reason = "the reference is asked itself; give its model as ref_model"
+        return without_columns(dataset, name, self.reference_columns, reason)
 
     def _reference_key(self) -> tuple:
         """Returns all that precomputed numbers depend on besides the dataset."""

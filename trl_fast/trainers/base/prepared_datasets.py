@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -16,6 +17,11 @@ from trl_fast.parallel.agreement import first_of_machine_first
 from trl_fast.parallel.partitions import whole_shape
 
 from .config import BaseConfig
+
+logger = logging.getLogger(__name__)
+
+# Formats of `datasets` in which a row is a table of one row.
+_TABLES = ("arrow", "pandas", "polars")
 
 
 def check_dataset_type(dataset: object, name: str) -> None:
@@ -69,12 +75,24 @@ def change_parts(
     """
     changed = {}
     for name, part in named_parts(train_dataset, eval_dataset).items():
-        check_dataset_type(part, name)
+        check_dataset_type(part, _argument_of(name))
         changed[name] = change(part, name)
     train_dataset = changed.pop("train")
     if isinstance(eval_dataset, Mapping):
         return train_dataset, dict(zip(eval_dataset, changed.values(), strict=True))
     return train_dataset, changed.get("eval")
+
+
+def _argument_of(name: str) -> str:
+    """Returns the argument in which a dataset of `named_parts` was given."""
+    kind, _, key = name.partition(" ")
+    return f"{kind}_dataset[{key!r}]" if key else f"{kind}_dataset"
+
+
+def with_dicts_as_rows(dataset: AnyDataset, _name: str) -> AnyDataset:
+    """Returns a dataset without a format in which a row is a table: preparing and collating read dicts."""
+    is_table = isinstance(dataset, Dataset) and dataset.format["type"] in _TABLES
+    return dataset.with_format(None) if is_table else dataset
 
 
 class DatasetPreparer(Protocol):
@@ -125,11 +143,45 @@ def check_vocabulary(
     Raises:
         ValueError: it does not; names dataset and row.
     """
-    inner = base_model(model)
-    head: Any = inner.get_output_embeddings() or inner.get_input_embeddings()
-    vocab_size = whole_shape(head.weight)[0]
+    vocab_size = _vocabulary_of(model)
     known = {name: part for name, part in parts.items() if shows_tokens(part, columns)}
     largest = [check_token_ids(part, vocab_size, name, columns) for name, part in known.items()]
     check_head_vocabulary(
         processing_class, vocab_size, max(largest, default=None) if len(known) == len(parts) else None
     )
+
+
+def check_reference_vocabulary(
+    parts: Mapping[str, AnyDataset],
+    columns: tuple[str, ...],
+    model: PreTrainedModel | PeftModel,
+    reference: PreTrainedModel | None,
+) -> None:
+    """Checks that a reference whose vocabulary is smaller than the model's knows the token ids of prepared datasets.
+
+    Raises:
+        ValueError: it does not; names dataset and row.
+    """
+    if reference is None or _vocabulary_of(reference) >= _vocabulary_of(model):
+        return
+    for name, part in parts.items():
+        if shows_tokens(part, columns):
+            try:
+                check_token_ids(part, _vocabulary_of(reference), name, columns)
+            except ValueError as error:
+                raise ValueError(f"ref_model has another vocabulary than the model. {error}") from error
+
+
+def _vocabulary_of(model: PreTrainedModel | PeftModel) -> int:
+    inner = base_model(model)
+    head: Any = inner.get_output_embeddings() or inner.get_input_embeddings()
+    return whole_shape(head.weight)[0]
+
+
+def without_columns(dataset: AnyDataset, name: str, columns: tuple[str, ...], reason: str) -> AnyDataset:
+    """Returns a dataset without those of `columns` that it has, which a line names with the reason."""
+    found = [column for column in columns if column in (dataset.column_names or ())]
+    if not found:
+        return dataset
+    logger.warning("The %s dataset's columns %s are not read: %s", name, found, reason)
+    return dataset.remove_columns(found)

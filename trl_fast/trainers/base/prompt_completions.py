@@ -53,6 +53,8 @@ class PromptCompletions:
     def _generate(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, prompts: list[str], batch_size: int
     ) -> list[str]:
+        given = self._generation_config
+        options: dict[str, Any] = {"use_cache": True} if given is None else {"generation_config": given}
         completions = []
         with torch.no_grad(), _evaluating(model):
             for start in range(0, len(prompts), batch_size):
@@ -64,7 +66,7 @@ class PromptCompletions:
                     truncation=True,
                     return_token_type_ids=False,
                 ).to(model.device)
-                tokens = model.generate(**batch, generation_config=self._generation_config, use_cache=True)
+                tokens = model.generate(**batch, **options)
                 completions += tokenizer.batch_decode(
                     tokens[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
                 )

@@ -27,11 +27,17 @@ def checked_tokenizer(
 
     Raises:
         TypeError: it is no tokenizer, and no processor with one.
-        ValueError: the model's name has none.
+        OSError, ValueError: the model has no name, or its name no tokenizer.
     """
     if processing_class is None:
+        name = model.config._name_or_path
+        if not name:
+            raise OSError(
+                f"processing_class is missing: {type(model).__name__} was not loaded by a name, which would tell its "
+                "tokenizer; give processing_class=AutoTokenizer.from_pretrained(...)"
+            )
         processing_class = load_tokenizer(
-            model.config._name_or_path,
+            name,
             revision=(args.model_init_kwargs or {}).get("revision", "main"),
             trust_remote_code=args.trust_remote_code,
         )

@@ -48,7 +48,7 @@ from .model_card import model_tags, write_model_card
 from .model_setup import adapt_model, check_trains, layout_request, loaded_model, warn_of_reentrant_router
 from .overrides import check_overrides
 from .parallelism import sum_over_rows
-from .prepared_datasets import check_lengths, named_parts, prepared_parts
+from .prepared_datasets import change_parts, check_lengths, named_parts, prepared_parts, with_dicts_as_rows
 from .reference import ReferencePolicy
 from .sequence_parallel import take_sequence_group
 from .stop_signals import StopSignals
@@ -181,6 +181,7 @@ class BaseTrainer(Trainer):
         model: PreTrainedModel | PeftModel,
     ) -> tuple[AnyDataset, AnyDataset | dict[str, AnyDataset] | None]:
         """Returns both datasets prepared, after their token ids were held against the model's vocabulary."""
+        train_dataset, eval_dataset = change_parts(with_dicts_as_rows, train_dataset, eval_dataset)
         given, inner, parts = self._given_processing_class, base_model(model), named_parts(train_dataset, eval_dataset)
         self.images = together(lambda: images_of_datasets(parts, given, processing_class, inner, args))
         together(lambda: self.set_up_data(train_dataset, processing_class, args))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,6 +11,8 @@ from trl_fast.settings.older_names import older_name
 
 from ..base.reference_config import ReferenceConfig
 from .sampling_config import SamplingConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -44,7 +47,7 @@ class OnlineConfig(SamplingConfig, ReferenceConfig):
 
     # transformers' continuous batching.
     use_transformers_continuous_batching: bool = False
-    """Not served: generation computes each prompt once by itself."""
+    """Has no effect, and a line says so: generation computes each prompt once for all of its completions by itself."""
 
     transformers_continuous_batching_config: dict[str, Any] | str | None = None
     """Has no effect: see use_transformers_continuous_batching."""
@@ -101,9 +104,9 @@ class OnlineConfig(SamplingConfig, ReferenceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.use_transformers_continuous_batching:
-            raise ValueError(
-                "use_transformers_continuous_batching=True is not served: generation computes each prompt once by "
-                "itself; leave it out, or set use_vllm=True"
+            logger.warning(
+                "use_transformers_continuous_batching=True has no effect: generation computes each prompt once for "
+                "all of its completions by itself. Completions are of the same distribution."
             )
         if self.sync_ref_model and self.beta == 0:
             raise ValueError(
