@@ -71,6 +71,8 @@ _PER_LAYER = {"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_i
 _GEMMA4 = {
     **{**_PER_LAYER, "num_hidden_layers": 4, "layer_types": _TYPES * 2, "global_head_dim": 16, "head_dim": 8},
     **{"num_kv_shared_layers": 2, "num_global_key_value_heads": 1, "initializer_range": 0.1},
+    # A norm follows: of 8 channels, those of a token may all be near 0, and their rounding is then what is compared.
+    "hidden_size_per_layer_input": 32,
 }
 _ROTARY = {"rope_type": "default", "rope_theta": 1e4}
 # What a family needs besides, above all layers of each of its kinds; `...` leaves a size out.

@@ -69,7 +69,7 @@ WINDOWED = {
     "olmo3": SLIDING,
     "cohere2": {**SLIDING, "logit_scale": 1.0},
     "exaone4": SLIDING,
-    "kolibri1": SLIDING,
+    "kolibri1": {**SLIDING, "num_local_experts": 4, "num_experts_per_tok": 2},
     "cwm": SLIDING,
     "modernbert-decoder": {**TURNS, "local_attention": 10},
 }

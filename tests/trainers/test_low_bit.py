@@ -89,7 +89,7 @@ def compare(method, path, folder, *, rel=1e-4, abs=1e-5, padded=False, **how):
     def run(module):
         made = {name: value() if callable(value) else value for name, value in how.items()}
         if module is trl_fast and padded:
-            made["batch_layout"] = "padded"
+            made |= {"batch_layout": "padded", "fused_layers": False}
         return trained(module, method, path, folder, **made)
 
     ours, theirs = run(trl_fast), run(trl)
@@ -124,7 +124,8 @@ def test_equal_to_trl_but_for_the_rounding_of_an_adapter(method, kind, path, tmp
     "method, kind", but(*CASES[1:], *(case for case in MORE if case[0] != "KTO"), first=CASES[:1])
 )
 def test_products_in_bfloat16(method, kind, path, tmp_path):
-    # Padded rows, since what a row holds besides changes how sums are rounded.
+    # Padded rows and plain layers: what a row holds besides, and fused layers, change how sums are rounded. GRPO's first
+    # gradient norm is 1.81 in float32, and in bfloat16 1.66 for TRL and 1.92 with fused layers.
     def quantized():
         return quantization(kind, torch.bfloat16)
 

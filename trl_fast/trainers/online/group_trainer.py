@@ -43,9 +43,9 @@ from .rollout_checks import check_sources
 from .sampling import Sampling
 from .tool_use import open_tools
 from .trainer import OnlineTrainer
-from .trl_attributes import GROUP_ATTRIBUTES
+from .trl_attributes import GROUP_ATTRIBUTES, UNCALLED_HOOKS
 from .trl_batch import MicroBatch, read_update, shuffled_parts
-from .trl_hooks import UNCALLED_HOOKS, TRLHook, TRLHooks
+from .trl_hooks import TRLHook, TRLHooks
 
 
 @answers_to(GROUP_ATTRIBUTES)
@@ -267,7 +267,7 @@ class GroupTrainer(OnlineTrainer):
         args = self.args
         together = args.is_on_policy and self.order_is_free and args.keep_groups_together
         together = together and BATCH_LAYOUTS[self.updates.layout].shares_prompts
-        count = args.steps_per_generation if self.model.training and not self.trl_hooks.makes_batches else None
+        count = args.steps_per_generation if self.model.training and not self.trl_hooks.cuts_batches else None
         return self.slicer.slices_of(samples, self._batch_size, count, together=together)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:

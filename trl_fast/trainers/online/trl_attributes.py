@@ -231,3 +231,19 @@ ONLINE_DPO_ATTRIBUTES = {
     "num_generations": _constant(2, "a pair is two completions"),
     "is_vision_model": _fixed(lambda trainer: trainer.images is not None, _SET_BY_DATA),
 }
+
+# Methods of TRL's trainers, older releases included, that nothing here calls, and what to override instead.
+UNCALLED_HOOKS = {
+    "get_off_policy_mask": "override _compute_loss() instead",
+    "get_gamma_weights": "override _compute_loss() instead",
+    "_tool_call_loop": "override _generate() instead, or give a rollout_func",
+    "_get_tool_suffix_ids": "override _generate() instead, or give a rollout_func",
+    "_get_per_token_logps": "its name is _get_per_token_logps_and_entropies() now, which returns three values",
+    "_get_last_hidden_state": "override _get_per_token_logps_and_entropies() instead",
+    "compute_liger_loss": "override _compute_loss() instead",
+    "_move_model_to_vllm": "give a rollout_engine with a sync_weights() of its own",
+    "_sync_fsdp_params_to_vllm": "give a rollout_engine with a sync_weights() of its own",
+    "_sync_fsdp1_params_to_vllm": "give a rollout_engine with a sync_weights() of its own",
+    "_sync_fsdp2_params_to_vllm": "give a rollout_engine with a sync_weights() of its own",
+    "_fix_param_name_to_vllm": "give a rollout_engine with a sync_weights() of its own",
+}

@@ -55,21 +55,6 @@ ROLLOUT_HOOKS = (
     "_log_metric",
     "_log_completion_extra",
 )
-# Methods of TRL's trainers, older releases included, that nothing here calls, and what to override instead.
-UNCALLED_HOOKS = {
-    "get_off_policy_mask": "override _compute_loss() instead",
-    "get_gamma_weights": "override _compute_loss() instead",
-    "_tool_call_loop": "override _generate() instead, or give a rollout_func",
-    "_get_tool_suffix_ids": "override _generate() instead, or give a rollout_func",
-    "_get_per_token_logps": "its name is _get_per_token_logps_and_entropies() now, which returns three values",
-    "_get_last_hidden_state": "override _get_per_token_logps_and_entropies() instead",
-    "compute_liger_loss": "override _compute_loss() instead",
-    "_move_model_to_vllm": "give a rollout_engine with a sync_weights() of its own",
-    "_sync_fsdp_params_to_vllm": "give a rollout_engine with a sync_weights() of its own",
-    "_sync_fsdp1_params_to_vllm": "give a rollout_engine with a sync_weights() of its own",
-    "_sync_fsdp2_params_to_vllm": "give a rollout_engine with a sync_weights() of its own",
-    "_fix_param_name_to_vllm": "give a rollout_engine with a sync_weights() of its own",
-}
 
 
 class TRLHook:
@@ -95,7 +80,7 @@ class TRLHooks:
         self._trainer, self._returns_more = trainer, returns_more
         self._overridden: frozenset[str] = frozenset()
         self._settings: SamplingSettings | None = None
-        self._loop_generates = False
+        self._loop_generates = self._hands_out_batch = False
         self.scoring = TRLScoring(trainer)
         self._seen: list[tuple[Samples, MicroBatch]] = []
 
@@ -108,6 +93,11 @@ class TRLHooks:
     def makes_batches(self) -> bool:
         """Says whether the subclass makes the batches of completions."""
         return self.has("_generate_and_score_completions")
+
+    @property
+    def cuts_batches(self) -> bool:
+        """Says whether micro-batches are cut from a batch of TRL's, later than completions are scored."""
+        return self.makes_batches or self._hands_out_batch
 
     def has(self, name: str) -> bool:
         """Says whether the subclass overrides a method."""
@@ -265,7 +255,11 @@ class TRLHooks:
         if self._loop.environments is None:
             prompt_ids, _, _ = self._trainer._tokenize_prompts([row["prompt"] for row in self._loop.shown(inputs)])
             inputs = [{**row, PROMPT_IDS: ids} for row, ids in zip(inputs, prompt_ids, strict=True)]
-        return self._loop.run(inputs, self._trainer, update=self.format.batch)
+        self._hands_out_batch = True
+        try:
+            return self._loop.run(inputs, self._trainer, update=self.format.batch)
+        finally:
+            self._hands_out_batch = False
 
     def new_batch(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Returns the batch that the subclass's `_generate_and_score_completions` makes of rows."""
