@@ -124,8 +124,8 @@ def test_equal_to_trl_but_for_the_rounding_of_an_adapter(method, kind, path, tmp
     "method, kind", but(*CASES[1:], *(case for case in MORE if case[0] != "KTO"), first=CASES[:1])
 )
 def test_products_in_bfloat16(method, kind, path, tmp_path):
-    # Padded rows and plain layers: what a row holds besides, and fused layers, change how sums are rounded. GRPO's first
-    # gradient norm is 1.81 in float32, and in bfloat16 1.66 for TRL and 1.92 with fused layers.
+    # Padded rows and plain layers: what a row holds besides, and fused layers, change how sums are rounded. The first
+    # norm of GRPO's gradients is 1.81 in float32, and in bfloat16 1.66 for TRL and 1.92 with fused layers.
     def quantized():
         return quantization(kind, torch.bfloat16)
 
