@@ -291,7 +291,9 @@ GRAFTS = {
 @pytest.mark.parametrize(
     "method, name",
     [
-        pytest.param(method, name, marks=() if name in ("_compute_loss", "_generate") else pytest.mark.slow)
+        pytest.param(
+            method, name, marks=() if name in ("_compute_loss", "_generate", "_prepare_inputs") else pytest.mark.slow
+        )
         for method, names in GRAFTS.items()
         for name in names
     ],
