@@ -139,7 +139,7 @@ def verify(
 def verify_rewards(
     model: PreTrainedModel, sequences: list[list[int]], *, layout: str | None, images: ImageProbes | None = None
 ) -> Verdict:
-    """Compares our rewards of a few short sequences, in a row of `layout`, with the model's own, one by one.
+    """Compares our rewards of a few short sequences, in a row of `layout`, with those of the same ones alone.
 
     Differences are shares of the largest reward. images: as in `verify`.
 
