@@ -101,13 +101,25 @@ def create_reference_model(
 
 def copy_adapter_as_reference(model: PeftModel) -> None:
     """Freezes a copy of the adapter that a model came with, under the name "ref", as its reference policy."""
-    model.add_adapter(REFERENCE_ADAPTER, model.peft_config["default"])
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if ".default." in name:
-                twin = model.get_parameter(name.replace(".default.", f".{REFERENCE_ADAPTER}."))
-                twin.copy_(parameter)
-                twin.requires_grad_(False)
+    copy_adapter(model, "default", REFERENCE_ADAPTER)
+
+
+@torch.no_grad()
+def copy_adapter(model: PeftModel, source: str, name: str) -> None:
+    """Adds a frozen copy of an adapter, `source`, under another name."""
+    model.add_adapter(name, model.peft_config[source])
+    for parameter, twin in adapter_twins(model, source, name):
+        twin.copy_(parameter)
+        twin.requires_grad_(False)
+
+
+def adapter_twins(model: PeftModel, source: str, name: str) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+    """Returns each parameter of an adapter, `source`, with that of another one of its kind."""
+    return [
+        (parameter, model.get_parameter(full.replace(f".{source}.", f".{name}.")))
+        for full, parameter in model.named_parameters()
+        if f".{source}." in full
+    ]
 
 
 def reference_adapter(model: PeftModel, adapter: str | None) -> str | None:

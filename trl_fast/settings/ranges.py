@@ -171,6 +171,7 @@ RANGES: dict[str, Range] = {
         2, whole=True, optional=False, advice="a completion is compared with the others of its prompt"
     ),
     "DistillationConfig.num_generations": COUNT,
+    "SelfDistillationConfig.num_generations": COUNT,
     # Of any method: its config has been checked.
     "TrainingSetup.num_generations": COUNT,
     "capability": Range(0, whole=True, many=True),
@@ -227,6 +228,18 @@ RANGES: dict[str, Range] = {
     "lmbda": SHARE,
     "teacher_top_k": COUNT,
     "GKDConfig.max_completion_length": COUNT,
+    # SDFT and SDPO
+    "distillation_alpha": SHARE,
+    "distillation_topk": COUNT,
+    "distillation_is_clip": Range(0, above=True, advice="None is no bound"),
+    "teacher_update_rate": SHARE,
+    "teacher_sync_steps": COUNT,
+    "num_loss_tokens_to_skip": COUNT_FROM_0,
+    "distillation_weight": SHARE,
+    "success_reward_threshold": FINITE,
+    "max_reprompt_len": COUNT,
+    "diagnostics_warning_interval": Range(0, whole=True, advice="0 warns of nothing"),
+    "diagnostics_flat_tolerance": NOT_NEGATIVE,
     # PPO
     "num_mini_batches": COUNT,
     "total_episodes": COUNT,

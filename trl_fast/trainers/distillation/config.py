@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from trl_fast.settings.choices import check_choice, one_of
 
-from ..online.sampling_config import SamplingConfig
+from ..online.sampling_config import SamplingConfig, check_rows_are_whole
 
 
 @dataclass
@@ -73,18 +73,8 @@ class DistillationConfig(SamplingConfig):
         self.check_values()
         if self.seq_kd and self.lmbda == 1:
             raise ValueError("seq_kd=True with lmbda=1: the teacher would sample nothing; set lmbda below 1")
-        self._check_sequence_parallelism()
+        check_rows_are_whole(self)
         self._check_groups()
-
-    def _check_sequence_parallelism(self) -> None:
-        sizes = self.parallelism_config
-        for name in ("cp_size", "sp_size"):
-            size = getattr(sizes, name, None) or 1
-            if size > 1:
-                raise ValueError(
-                    f"parallelism_config: {name}={size}: a student and its teacher are not computed on shared rows; "
-                    f"use {name}=1, and FSDP2 to share the weights"
-                )
 
     def _check_groups(self) -> None:
         from trl_fast.settings.divisors import divisors, either

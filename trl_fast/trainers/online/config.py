@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from trl_fast.settings.older_names import older_name
 
 from ..base.reference_config import ReferenceConfig
-from .sampling_config import SamplingConfig
+from .group_config import RewardedGroupConfig
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class OnlineConfig(SamplingConfig, ReferenceConfig):
+class OnlineConfig(RewardedGroupConfig, ReferenceConfig):
     """Holds the arguments of the methods that compare completions of their own policy.
 
     Raises:
         ValueError: a value is out of range or does not go with another; the message names both.
     """
 
-    other_batch_size: ClassVar[str] = "cut groups of completions apart"
     first_metrics: ClassVar[tuple[str, ...]] = (
         *("reward", "reward_std", "kl", "entropy", "completions/mean_length", "completions/clipped_ratio"),
         *("loss", "grad_norm", "learning_rate"),
@@ -31,19 +29,6 @@ class OnlineConfig(SamplingConfig, ReferenceConfig):
 
     cast_lm_head_to_fp32: bool = False
     """Keep the head's weights in float32 and compute its logits in float32."""
-
-    # Groups.
-    num_generations: int | None = 8
-    """Completions for each prompt; they are compared with each other."""
-
-    num_generations_eval: int | None = None
-    """Completions for each prompt in evaluation. None: num_generations."""
-
-    generation_batch_size: int | None = None
-    """Completions made at a time, in all processes. None: by steps_per_generation."""
-
-    steps_per_generation: int | None = None
-    """Micro-batches that one generation serves. None: gradient_accumulation_steps."""
 
     # transformers' continuous batching.
     use_transformers_continuous_batching: bool = False
@@ -55,24 +40,6 @@ class OnlineConfig(SamplingConfig, ReferenceConfig):
     # The update.
     beta: float = 0.0
     """Weight of the KL divergence from the reference; 0: none, and no reference is loaded."""
-
-    num_iterations: int = 1
-    """Updates on the same completions (PPO's epochs)."""
-
-    epsilon: float = 0.2
-    """How far the probability ratio may fall below 1, and rise above it, before it is clipped."""
-
-    epsilon_high: float | None = None
-    """How far the ratio may rise above 1. None: epsilon."""
-
-    reward_weights: list[float] | None = None
-    """Weights of the reward functions, one for each. None: 1 each."""
-
-    reward_timeout: float | None = None
-    """Seconds after which a reward function that has not answered is an error. None: no limit."""
-
-    mask_truncated_completions: bool = False
-    """Do not learn from completions that were cut off."""
 
     skip_zero_advantages: bool = True
     """Leave completions whose gradient is zero out of the update.
@@ -97,7 +64,7 @@ class OnlineConfig(SamplingConfig, ReferenceConfig):
     use_transformers_paged: bool | None = older_name(now="use_transformers_continuous_batching")
 
     _VALID_DICT_FIELDS = [
-        *SamplingConfig._VALID_DICT_FIELDS,
+        *RewardedGroupConfig._VALID_DICT_FIELDS,
         *("ref_model_init_kwargs", "transformers_continuous_batching_config"),
     ]
 
@@ -113,75 +80,3 @@ class OnlineConfig(SamplingConfig, ReferenceConfig):
                 f"sync_ref_model=True with beta={self.beta}: without a KL term there is no reference model to sync; "
                 "set beta above 0 or sync_ref_model=False"
             )
-        self._divide_generations()
-
-    def _divide_generations(self) -> None:
-        """Fills in generation_batch_size and steps_per_generation from each other."""
-        from trl_fast.settings.divisors import divisors, either, least_count, multiples_around
-
-        per_step = self.per_device_train_batch_size * self.world_size
-        shown = f"per_device_train_batch_size * processes = {self.per_device_train_batch_size} * {self.world_size}"
-        given = self.generation_batch_size is not None
-        if not given:
-            self.steps_per_generation = self.steps_per_generation or self.gradient_accumulation_steps
-            self.generation_batch_size = per_step * self.steps_per_generation
-        elif self.generation_batch_size % per_step:
-            raise ValueError(
-                f"generation_batch_size={self.generation_batch_size} is no multiple of {shown}; set it to "
-                f"{either(multiples_around(self.generation_batch_size, per_step))}, or leave it out"
-            )
-        elif self.steps_per_generation not in (None, self.generation_batch_size // per_step):
-            raise ValueError(
-                f"generation_batch_size={self.generation_batch_size} and steps_per_generation="
-                f"{self.steps_per_generation} contradict each other ({shown}); give one of them"
-            )
-        else:
-            self.steps_per_generation = self.generation_batch_size // per_step
-        if self.generation_batch_size % self.num_generations:
-            if given:
-                whole = math.lcm(self.num_generations, per_step)
-                remedy = f"generation_batch_size={either(multiples_around(self.generation_batch_size, whole))}"
-            else:
-                size = least_count(self.num_generations, self.world_size * self.steps_per_generation)
-                remedy = f"per_device_train_batch_size={size}"
-            fewer = divisors(self.generation_batch_size, 2)
-            raise ValueError(
-                f"num_generations={self.num_generations} does not divide the {self.generation_batch_size} completions "
-                f"of a generation ({shown}, times steps_per_generation={self.steps_per_generation}); use {remedy}"
-                f"{f', or num_generations={either(fewer)}' if fewer else ''}"
-            )
-        if self.eval_strategy != "no":
-            self.check_eval_batch()
-
-    def check_eval_batch(self) -> None:
-        """Raises ValueError if a batch of the evaluation would not hold all completions of its prompts."""
-        from trl_fast.settings.divisors import divisors, either, least_count
-
-        evaluated = self.per_device_eval_batch_size * self.world_size
-        count = self.generations("eval")
-        if evaluated % count:
-            raise ValueError(
-                f"num_generations_eval={count} does not divide the {evaluated} completions of an evaluation batch "
-                f"(per_device_eval_batch_size={self.per_device_eval_batch_size} * {self.world_size} processes); use "
-                f"num_generations_eval={either(divisors(evaluated))}, or per_device_eval_batch_size="
-                f"{least_count(count, self.world_size)}"
-            )
-
-    def generations(self, mode: str) -> int:
-        """Returns the number of completions for each prompt in "train" or "eval"."""
-        return (self.num_generations_eval or self.num_generations) if mode == "eval" else self.num_generations
-
-    @property
-    def generate_every(self) -> int:
-        """Returns the number of micro-batches after which new completions are made."""
-        return self.steps_per_generation * self.num_iterations
-
-    @property
-    def completions_at_a_time(self) -> int:
-        """Returns the completions that a process samples at a time, at most."""
-        return self.per_device_train_batch_size * self.steps_per_generation
-
-    @property
-    def is_on_policy(self) -> bool:
-        """Says whether the policy of the update is always the one that sampled: each step makes new completions."""
-        return self.gradient_accumulation_steps % self.generate_every == 0

@@ -199,3 +199,18 @@ class SamplingConfig(BaseConfig):
             generation_kwargs=keywords,
             cache_implementation=self.cache_implementation,
         )
+
+
+def check_rows_are_whole(config: BaseConfig) -> None:
+    """Checks that each process computes its rows alone, as a method with a teacher's distributions has to.
+
+    Raises:
+        ValueError: processes are to share rows.
+    """
+    for name in ("cp_size", "sp_size"):
+        size = getattr(config.parallelism_config, name, None) or 1
+        if size > 1:
+            raise ValueError(
+                f"parallelism_config: {name}={size}: a student and its teacher are not computed on shared rows; use "
+                f"{name}=1, and FSDP2 to share the weights"
+            )

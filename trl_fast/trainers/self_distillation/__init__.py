@@ -1,0 +1,1 @@
+"""Trains a model towards itself: the same model, after a prompt that tells more."""
