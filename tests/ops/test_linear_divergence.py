@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from support.divergences import EVERYTHING, KINDS, make_divergence
+from support.divergences import EVERYTHING, KINDS, make_divergence, row_divergences
 from support.heads import FLOOR, assert_as_good
 from trl_fast.ops import linear_divergence, supports
 from trl_fast.ops.linear_divergence import _linear_divergence
@@ -83,15 +83,46 @@ def test_blocks_of_one_row_add_up(serving, dtype):
         problem.run(backend=serving, workspace_bytes=80)
 
 
+@pytest.mark.parametrize("side", ["teacher", "student"])
 @pytest.mark.parametrize("tail", [True, False])
 @pytest.mark.parametrize("kind, beta", KINDS)
-def test_likeliest_tokens(backend, kind, beta, tail):
-    check(make_divergence(5, 70, kind=kind, beta=beta, bias=True, top_k=6, tail=tail), backend)
+def test_likeliest_tokens(backend, kind, beta, tail, side):
+    check(make_divergence(5, 70, kind=kind, beta=beta, bias=True, top_k=6, top_k_of=side, tail=tail), backend)
 
 
+@pytest.mark.parametrize("side", ["teacher", "student"])
 @pytest.mark.parametrize("top_k", [1, 70])
-def test_likeliest_tokens_of_capped_heads(backend, top_k):
-    check(make_divergence(5, 70, kind="jsd", beta=0.6, bias=True, transforms=True, top_k=top_k), backend)
+def test_likeliest_tokens_of_capped_heads(backend, top_k, side):
+    problem = make_divergence(5, 70, kind="jsd", beta=0.6, bias=True, transforms=True, top_k=top_k, top_k_of=side)
+    check(problem, backend)
+
+
+@pytest.mark.parametrize("tail", [True, False])
+def test_tokens_that_the_student_rules_out_are_not_among_its_likeliest(backend, tail):
+    """Two of its six tokens are left, so that four of top_k=6 are none."""
+    problem = make_divergence(5, 6, beta=0.4, bias=True, top_k=6, top_k_of="student", tail=tail)
+    problem.student.bias.data[[0, 2, 3, 5]] = -math.inf
+    got = problem.run(backend=backend)
+    logp_s, logp_t = problem.distributions(torch.float64)
+    left = torch.tensor([1, 4])
+    if tail:
+        classes = [torch.cat([x[:, left], x[:, [0, 2, 3, 5]].logsumexp(1, keepdim=True)], 1) for x in (logp_s, logp_t)]
+    else:
+        classes = [x[:, left].log_softmax(1) for x in (logp_s, logp_t)]
+    expected = row_divergences("jsd", 0.4, *classes).detach()
+    counts = problem.weights != 0
+    torch.testing.assert_close(got.scores.divergence, (expected * counts).float(), rtol=1e-5, atol=1e-7)
+    wanted = torch.autograd.grad(
+        (row_divergences("jsd", 0.4, *classes) * problem.weights).sum(), problem.student.hidden
+    )
+    assert_as_good(torch.autograd.grad(got.loss, problem.student.hidden)[0], *2 * wanted, "hidden", 1e-5)
+
+
+def test_whose_likeliest_tokens_is_a_name_with_a_number():
+    with pytest.raises(ValueError, match="top_k_of: unknown name 'both'; expected one of teacher, student"):
+        make_divergence(3, 20, top_k=2, top_k_of="both").run()
+    with pytest.raises(ValueError, match="top_k_of='student' needs top_k"):
+        make_divergence(3, 20, top_k_of="student").run()
 
 
 @pytest.mark.parametrize("top_k", [None, 5])
@@ -249,6 +280,6 @@ def test_opcheck(serving, given):
         teacher = (None, None, None, logprobs, ids)
     else:
         teacher = (t.hidden.detach(), t.weight.detach(), t.bias.detach(), None, None)
-    numbers = ([1.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.3, 0.7, 0.3, 0.0], 0, True, 30)
+    numbers = ([1.0, 0.0, 1.0], [1.0, 0.0, 1.0], [0.3, 0.7, 0.3, 0.0], 0, False, True, 30)
     args = (s.hidden, s.weight, s.bias, *teacher, problem.weights, *numbers, True, True, True, 1 << 20, serving)
     torch.library.opcheck(_linear_divergence, args)

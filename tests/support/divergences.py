@@ -104,8 +104,9 @@ class DivergenceProblem:
         return Answer(divergence.detach(), entropy.detach(), same, gradients)
 
     def narrowed(self, logp_s: torch.Tensor, logp_t: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The teacher's likeliest tokens, and the tail as one more class unless it is not asked for."""
-        ids = logp_t.topk(top_k, dim=-1).indices
+        """The likeliest tokens of a side, and the tail as one more class unless it is not asked for."""
+        of_student = self.more.get("top_k_of") == "student"
+        ids = (logp_s if of_student else logp_t).topk(top_k, dim=-1).indices
         rest = torch.ones_like(logp_t, dtype=torch.bool).scatter(1, ids, False)
         has_tail = self.more.get("tail", True) and top_k < logp_t.shape[1]
         tails = [x.masked_fill(~rest, -math.inf).logsumexp(-1, keepdim=True) for x in (logp_s, logp_t)] * has_tail

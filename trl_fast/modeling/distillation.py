@@ -2,7 +2,8 @@
 
 The teacher runs first, without gradient, and leaves its hidden states at the scored positions (`TeacherStates`). Its
 head is read when the student's is: `linear_divergence` then has both, and no logit of either model is kept. An engine
-that holds the heads in parts gathers both for that time, one inside the other.
+that holds the heads in parts gathers both for that time, one inside the other. A student that is its own teacher has
+one head.
 
 Where a head is not understood, both models give logits of their own: slower, and with memory for all of them.
 """
@@ -10,16 +11,22 @@ Where a head is not understood, both models give logits of their own: slower, an
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from transformers import PreTrainedModel
 
 from trl_fast.data.packing import TokenBatch
 from trl_fast.ops import HeadOptions
 from trl_fast.ops.divergence.formulas import DivergenceFormula
+from trl_fast.ops.divergence.given import KnownTokens, likeliest_tokens, row_divergence_to_known
 from trl_fast.ops.divergence.row_kernels import DIVERGENCE_ROW, ENTROPY_ROW, NUM_RESULTS, row_divergence_reference
+from trl_fast.ops.head.logit_transform import LogitTransform
+from trl_fast.ops.head.row_kernels import ROW_KERNELS
 from trl_fast.ops.linear_divergence import DivergenceLoss, DivergenceScores, linear_divergence
 
 from .lm_head import HeadParameters, head_transform
@@ -33,13 +40,21 @@ _ROWS_OF_LOGITS = 64
 class TeacherStates(NamedTuple):
     """Holds what a teacher, `model`, gave at N positions: hidden states (N, H), or logits (N, V) of its own.
 
-    head: a copy of its head, where that is not whole later.
+    head: a copy of its head, where that is not whole later. scope: returns the context in which the student's model is
+    its teacher, with another adapter or none; None: the model is as it was.
     """
 
     model: PreTrainedModel
     hidden: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     head: HeadParameters | None = None
+    scope: Callable[[], AbstractContextManager[None]] | None = None
+
+    def has_head_of(self, student: PreTrainedModel) -> bool:
+        """Tells whether the teacher's head is the very one that a student has now."""
+        head = student.get_output_embeddings()
+        is_adapted = isinstance(head, BaseTunerLayer | ModulesToSaveWrapper)
+        return self.model is student and (self.scope is None or not is_adapted)
 
 
 class _ReadStates:
@@ -79,6 +94,8 @@ class DivergenceSettings:
     kind: str = "jsd"
     temperature: float = 1.0
     top_k: int | None = None
+    top_k_of: str = "teacher"
+    tail: bool = True
     vocab_size: int | None = None
     outputs: tuple[str, ...] = ("divergence", "entropy")
 
@@ -116,8 +133,9 @@ class ReadDivergence:
     ) -> dict[str, torch.Tensor]:
         """Returns the loss and the scores, by name, while the teacher's head is whole too."""
         assert self.teacher.hidden is not None, "it is looked at before"
-        if self.teacher.head is not None:
-            return self._divergence(model, states, head, self.teacher.hidden, self.teacher.head, options)
+        known = head if self.teacher.has_head_of(model) else self.teacher.head
+        if known is not None:
+            return self._divergence(model, states, head, self.teacher.hidden, known, options)
         found: dict[str, torch.Tensor] = {}
         has_gradient = torch.is_grad_enabled()
 
@@ -126,7 +144,7 @@ class ReadDivergence:
                 found.update(self._divergence(model, states, head, teacher_states, teacher_head, options))
             return {}
 
-        with torch.no_grad():
+        with torch.no_grad(), (self.teacher.scope or nullcontext)():
             call_head(self.teacher.model, read, self.teacher.hidden)
         return found
 
@@ -161,6 +179,8 @@ class ReadDivergence:
             teacher_logit_scale=given.logit_scale,
             vocab_size=settings.vocab_size,
             top_k=settings.top_k,
+            top_k_of=settings.top_k_of,
+            tail=settings.tail,
             outputs=settings.outputs,
             workspace_bytes=options.workspace_bytes,
             backend=options.backend,
@@ -172,19 +192,36 @@ class ReadDivergence:
         """Returns the same of a student's own logits (N, V); what its head does to them is in them.
 
         Raises:
-            NotImplementedError: only some of the teacher's tokens are to be compared.
             ValueError: the teacher gave hidden states.
         """
         if self.teacher.logits is None:
             raise ValueError("the student gives logits of its own, so the teacher has to do the same")
-        if self.settings.top_k is not None:
-            raise NotImplementedError(
-                f"teacher_top_k={self.settings.top_k}: models that give logits of their own are compared on the whole "
-                "vocabulary; leave it out"
-            )
         given = self.teacher.logits.to(logits.device), self.weights.to(logits.device)
         loss, results = _LogitDivergence.apply(logits, *given, self.settings)
         return DivergenceLoss(loss, DivergenceScores(results[DIVERGENCE_ROW], results[ENTROPY_ROW]))
+
+
+def _compare_logits(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    settings: DivergenceSettings,
+    weights: torch.Tensor,
+    results: torch.Tensor,
+    gradient: torch.Tensor | None,
+) -> None:
+    """Computes the divergence of R rows of logits (R, V), which are changed; the others are as in row_kernels.py."""
+    formula = DivergenceFormula.of(settings.kind, settings.beta)
+    transform = LogitTransform.of(temperature=settings.temperature)
+    if settings.top_k is None:
+        head = (None, transform.scale, transform.softcap)
+        given = (student, *head, teacher, *head, transform.inv_temperature, *formula, weights, results, gradient)
+        row_divergence_reference(*given)
+        return
+    shown = student if settings.top_k_of == "student" else teacher
+    chosen = likeliest_tokens(shown, None, transform, settings.top_k)
+    known = KnownTokens.of_head(teacher, None, transform, chosen, ROW_KERNELS["torch"])
+    given = (known, formula, settings.tail, weights, results, gradient)
+    row_divergence_to_known(ROW_KERNELS["torch"], student, None, transform, *given)
 
 
 class _LogitDivergence(torch.autograd.Function):
@@ -194,15 +231,13 @@ class _LogitDivergence(torch.autograd.Function):
     def forward(
         ctx: Any, student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor, settings: DivergenceSettings
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        formula, known = DivergenceFormula.of(settings.kind, settings.beta), slice(settings.vocab_size)
+        known = slice(settings.vocab_size)
         results = torch.zeros(NUM_RESULTS, len(student), dtype=torch.float32, device=student.device)
         gradient: Any = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
-        as_they_are = (None, 1.0, 0.0)
         for rows in torch.nonzero(weights).squeeze(1).split(_ROWS_OF_LOGITS):
             found, part = results.new_empty(NUM_RESULTS, len(rows)), student[rows, known]
             changed: Any = None if gradient is None else torch.empty_like(part)
-            heads = (part, *as_they_are, teacher[rows, known], *as_they_are)
-            row_divergence_reference(*heads, 1 / settings.temperature, *formula, weights[rows], found, changed)
+            _compare_logits(part, teacher[rows, known], settings, weights[rows], found, changed)
             results[:, rows] = found
             if gradient is not None:
                 gradient[rows, known] = changed

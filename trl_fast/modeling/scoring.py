@@ -178,7 +178,7 @@ def _read(
     """Returns what is asked of the hidden states (N, H) at the scored positions."""
     if scoring.reading is not None:
         return ModelReading(scoring.reading.of_states(model, hidden, num_tokens))
-    tokens, loss = _run_head(model, hidden, scoring, num_tokens)
+    tokens, loss = score_states(model, hidden, scoring, num_tokens)
     return ModelScores(tokens, None, loss)
 
 
@@ -199,12 +199,12 @@ def _score_dealt(
         token_loss=dealt.token_loss(scoring.token_loss),
         group_sizes=dealt.group_sizes,
     )
-    found = _run_head(model, dealt.hidden(states), own, states.shape[:-1].numel())
+    found = score_states(model, dealt.hidden(states), own, states.shape[:-1].numel())
     tokens, loss = dealt.told_to_all(*found)
     return ModelScores(tokens, None, loss)
 
 
-def _run_head(
+def score_states(
     model: PreTrainedModel, hidden: torch.Tensor, scoring: ScoringRequest, num_tokens: int
 ) -> tuple[TokenScores, torch.Tensor | None]:
     """Returns token scores, and the loss if one is asked for, of the hidden states (N, H) at the scored positions.
@@ -319,6 +319,12 @@ def _score_logits(
     logits = scoring.select(output.logits)
     if scoring.reading is not None:
         return ModelReading(scoring.reading.of_logits(model, logits), getattr(output, "aux_loss", None))
+    tokens, loss = score_logits(logits, scoring)
+    return ModelScores(tokens, getattr(output, "aux_loss", None), loss)
+
+
+def score_logits(logits: torch.Tensor, scoring: ScoringRequest) -> tuple[TokenScores, torch.Tensor | None]:
+    """Returns token scores, and the loss if one is asked for, of a model's own logits (N, V) at these positions."""
     logprobs, entropy = selective_log_softmax_and_entropy(
         logits, scoring.targets, temperature=scoring.temperature, backend=scoring.head.backend
     )
@@ -331,8 +337,7 @@ def _score_logits(
             mean_logits=tempered.mean(-1),
             is_top1=tempered.argmax(-1) == scoring.targets,
         )
-    tokens, loss = _with_loss(tokens, scoring)
-    return ModelScores(tokens, getattr(output, "aux_loss", None), loss)
+    return _with_loss(tokens, scoring)
 
 
 @contextmanager

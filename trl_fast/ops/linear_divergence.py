@@ -32,6 +32,8 @@ from .named_gradients import AutogradContext, first_derivative, gradients_of, ne
 from .validation import check_choice, refuse_forward_mode
 
 _OP = "trl_fast::linear_divergence"
+# Whose likeliest tokens are compared.
+_SIDES = ("teacher", "student")
 _OUTPUT_ROWS = {"divergence": DIVERGENCE_ROW, "entropy": ENTROPY_ROW, "is_same_top1": IS_SAME_TOP1_ROW}
 
 
@@ -72,6 +74,7 @@ def _linear_divergence(
     teacher_transform: Sequence[float],
     formula: Sequence[float],
     top_k: int,
+    of_student: bool,
     tail: bool,
     vocab_size: int,
     need_hidden: bool,
@@ -89,12 +92,12 @@ def _linear_divergence(
     with torch.autocast(hidden.device.type, enabled=False):
         numbers = DivergenceFormula(formula[0], formula[1], formula[2], is_tvd=formula[3] != 0)
         student = DivergenceHead.of(hidden, weight, bias, LogitTransform(*transform), vocab_size)
-        teacher = Teacher(numbers, backend, top_k=top_k, tail=tail)
+        teacher = Teacher(numbers, backend, top_k=top_k, of_student=of_student, tail=tail)
         if teacher_hidden is not None and teacher_weight is not None:
             given = (teacher_hidden, teacher_weight, teacher_bias, LogitTransform(*teacher_transform), vocab_size)
             teacher.head, teacher.hidden = DivergenceHead.of(*given), teacher_hidden
         elif teacher_logprobs is not None and teacher_ids is not None:
-            teacher.known = KnownTokens.of(teacher_ids, teacher_logprobs)
+            teacher.known = KnownTokens.given(teacher_ids, teacher_logprobs)
         needs = Needs(need_hidden, need_weight, need_bias)
         dtypes = [waiting_dtype(one.dtype) for one in (hidden, weight, weight if bias is None else bias)]
         results, gradients = sweep_divergence(
@@ -173,6 +176,7 @@ def linear_divergence(
     teacher_logit_scale: float = 1.0,
     vocab_size: int | None = None,
     top_k: int | None = None,
+    top_k_of: str = "teacher",
     tail: bool = True,
     outputs: tuple[str, ...] = ("divergence",),
     workspace_bytes: int | None = None,
@@ -190,7 +194,8 @@ def linear_divergence(
         beta: in [0, 1]; of jsd 0 is the forward KL(teacher‖student), 1 the reverse KL.
         kind: "jsd", "skewed_forward_kl", "skewed_reverse_kl" or "tvd".
         vocab_size: columns from there on count in neither head, as where they are padded; None: all count.
-        top_k: compares the teacher's so many likeliest tokens; None: every token.
+        top_k: compares so many tokens; None: every token.
+        top_k_of: whose likeliest tokens these are, "teacher" or "student".
         tail: whether with top_k all others are one more class; if not, the distributions among the top_k are compared.
         outputs: scores to return, among divergence, entropy, is_same_top1.
 
@@ -204,7 +209,8 @@ def linear_divergence(
     ]
     student = HeadArguments(hidden, weight, bias, transforms[0])
     teacher = HeadArguments(teacher_hidden, teacher_weight, teacher_bias, transforms[1])
-    how = _Comparison(DivergenceFormula.of(kind, beta), top_k, tail, vocab_size)
+    check_choice("top_k_of", top_k_of, _SIDES)
+    how = _Comparison(DivergenceFormula.of(kind, beta), top_k, tail, vocab_size, of_student=top_k_of == "student")
     return _loss(student, teacher, None, weights, how, outputs, HeadOptions(backend, workspace_bytes))
 
 
@@ -259,6 +265,7 @@ class _Comparison(NamedTuple):
     top_k: int | None
     tail: bool
     vocab_size: int | None
+    of_student: bool = False
 
 
 def _loss(
@@ -281,6 +288,8 @@ def _loss(
     hidden, (_, weight, bias, transform) = found[0], student
     if how.top_k is not None and (type(how.top_k) is not int or not 1 <= how.top_k <= vocab_size):
         raise ValueError(f"top_k: expected 1 to the {vocab_size} tokens that count, got {how.top_k!r}")
+    if how.of_student and how.top_k is None:
+        raise ValueError("top_k_of='student' needs top_k, the number of its likeliest tokens; leave it out for all")
     if weights is not None:
         check_rows(weights, hidden)
     if given is not None:
@@ -292,7 +301,7 @@ def _loss(
         list(transform),
         list(LogitTransform() if teacher is None else teacher.transform),
         [float(number) for number in how.formula],
-        *(how.top_k or 0, how.tail, vocab_size),
+        *(how.top_k or 0, how.of_student, how.tail, vocab_size),
         *(trains and one is not None and one.requires_grad for one in (hidden, weight, bias)),
         options.workspace_on(hidden.device, facts),
         choose_backend(

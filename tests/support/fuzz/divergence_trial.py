@@ -69,7 +69,9 @@ def try_divergence(draw: Draw, held: Held) -> None:
     problem = DivergenceProblem(student, teacher, weights, kind, beta)
     if draw.chance("top_k", 0.3) and not ruled_out:
         problem.more |= {"top_k": min(v, draw.choose("top_k", 1, 4, 2200)), "tail": draw.choose("tail", True, False)}
-        if draw.chance("given", 0.5):
+        if draw.chance("of_student", 0.3):
+            problem.more["top_k_of"] = "student"
+        elif draw.chance("given", 0.5):
             problem = GivenProblem(**vars(problem))
     if draw.chance("small_workspace", 0.5):
         kernels = (DIVERGENCE_KERNELS[case.backend], ROW_KERNELS[case.backend])

@@ -1,4 +1,4 @@
-"""Computes divergences to a teacher of whom only some tokens' log-probabilities are known, K a row.
+"""Computes divergences over some tokens only, K a row: the likeliest ones of a head, or those that are given.
 
 The two distributions are compared on K + 1 classes: each known token, and the tail, all other tokens together (as with
 `loss_add_tail` of TRL's server distillation). By the logits of the tail's tokens the gradient is then s · c with one
@@ -25,47 +25,80 @@ from .row_kernels import DIVERGENCE_ROW, ENTROPY_ROW, IS_SAME_TOP1_ROW
 _MINUS_INF = float("-inf")
 
 
+class ChosenTokens(NamedTuple):
+    """Holds the tokens of R rows that are compared: ids (R, K) int64, and which of them are padding, (R, K) bool.
+
+    The others are distinct in a row, the first one is no padding, and padding has its id.
+    """
+
+    ids: torch.Tensor
+    padding: torch.Tensor
+
+
+def likeliest_tokens(
+    logits: torch.Tensor, bias: torch.Tensor | None, transform: LogitTransform, top_k: int
+) -> ChosenTokens:
+    """Returns the `top_k` likeliest tokens of raw products (R, V), without those that are ruled out; bias: (V,)."""
+    shown = logits if bias is None else logits + bias.to(logits.dtype)
+    ids = shown.topk(top_k, dim=1, largest=transform.scale > 0).indices
+    padding = _logits_at(logits, bias, transform, ids)[0] == _MINUS_INF
+    return ChosenTokens(torch.where(padding, ids[:, :1], ids), padding)
+
+
 class KnownTokens(NamedTuple):
     """Holds what is known of R rows of a teacher, log-probabilities in float64.
 
-    ids: (R, K) int64, distinct but for padding; logprobs: (R, K), −inf is padding, whose id is that of the row's
-    likeliest token; first: (R, 1) int64, the place of that one among the K; tail: (R, 1), of all others together.
+    ids: (R, K) int64, distinct but for padding, whose id is that of the likeliest of the K; logprobs: (R, K);
+    padding: (R, K) bool; first: (R, 1) int64, the place of that likeliest one; is_likeliest: (R, 1) bool, whether no
+    other token of the vocabulary is likelier; tail: (R, 1), of all others together.
     """
 
     ids: torch.Tensor
     logprobs: torch.Tensor
+    padding: torch.Tensor
     first: torch.Tensor
+    is_likeliest: torch.Tensor
     tail: torch.Tensor
 
     @classmethod
-    def of(cls, ids: torch.Tensor, logprobs: torch.Tensor, tail: torch.Tensor | None = None) -> KnownTokens:
-        """Returns the known tokens ids (R, K) integer of logprobs (R, K), −inf being padding.
+    def given(cls, ids: torch.Tensor, logprobs: torch.Tensor) -> KnownTokens:
+        """Returns given tokens ids (R, K) integer of logprobs (R, K), −inf being padding.
 
-        tail: (R, 1) log-probability of all others; None: what these leave of 1.
+        What they leave of 1 is the probability of all others. They are taken for the likeliest ones.
         """
         logprobs = logprobs.double()
-        if tail is None:
-            tail = (-torch.expm1(logprobs.logsumexp(dim=1, keepdim=True))).clamp(min=0).log()
-        first = logprobs.argmax(dim=1, keepdim=True)
-        ids = torch.where(logprobs == _MINUS_INF, ids.gather(1, first), ids)
-        return cls(ids.long(), logprobs, first, tail)
+        tail = (-torch.expm1(logprobs.logsumexp(dim=1, keepdim=True))).clamp(min=0).log()
+        return cls._of(ids.long(), logprobs, logprobs == _MINUS_INF, tail, torch.ones_like(tail, dtype=torch.bool))
 
     @classmethod
-    def likeliest(
+    def of_head(
         cls,
         logits: torch.Tensor,
         bias: torch.Tensor | None,
         transform: LogitTransform,
-        top_k: int,
+        chosen: ChosenTokens,
         kernels: RowKernels,
     ) -> KnownTokens:
-        """Returns the `top_k` likeliest tokens of a teacher's raw products (R, V), which are changed; bias: (V,)."""
-        shown = logits if bias is None else logits + bias.to(logits.dtype)
-        ids = shown.topk(top_k, dim=1, largest=transform.scale > 0).indices
+        """Returns chosen tokens of a teacher's raw products (R, V), which are changed; bias: (V,) or None."""
+        ids, padding = chosen
         u, _ = _logits_at(logits, bias, transform, ids)
-        tail = _Tail.of(kernels, logits, bias, transform, ids, (u > _MINUS_INF).sum(dim=1))
-        lse = torch.cat([u, tail.lse], dim=1).logsumexp(dim=1, keepdim=True)
-        return cls.of(ids, u - lse, tail.lse - lse)
+        u = u.masked_fill(padding, _MINUS_INF)
+        others = _Tail.of(kernels, logits, bias, transform, ids, (~padding).sum(dim=1))
+        lse = torch.cat([u, others.lse], dim=1).logsumexp(dim=1, keepdim=True)
+        return cls._of(ids, u - lse, padding, others.lse - lse, u.amax(dim=1, keepdim=True) >= others.top)
+
+    @classmethod
+    def _of(
+        cls,
+        ids: torch.Tensor,
+        logprobs: torch.Tensor,
+        padding: torch.Tensor,
+        tail: torch.Tensor,
+        is_likeliest: torch.Tensor,
+    ) -> KnownTokens:
+        first = logprobs.argmax(dim=1, keepdim=True)
+        ids = torch.where(padding, ids.gather(1, first), ids)
+        return cls(ids, logprobs, padding, first, is_likeliest, tail)
 
     def rows(self, index: slice) -> KnownTokens:
         """Returns the same of some rows."""
@@ -141,7 +174,7 @@ def row_divergence_to_known(
         tail: whether the tail is a class. If not, both distributions are those among the known tokens.
         weights, results, gradient: as in row_kernels.py; the gradient has the student's dtype or lies elsewhere.
     """
-    padding = known.logprobs == _MINUS_INF
+    padding = known.padding
     counts = (~padding).sum(dim=1)
     # Where there is no other token, what these leave of 1 is rounding.
     tail_t = known.tail.masked_fill((counts == student.shape[1])[:, None], _MINUS_INF)
@@ -158,7 +191,7 @@ def row_divergence_to_known(
     p = logp_s.exp()
     means = torch.cat([u[:, :-1], others.mean], dim=1)
     top = u[:, :-1].gather(1, known.first)
-    is_top = top >= torch.maximum(u[:, :-1].amax(dim=1, keepdim=True), others.top)
+    is_top = known.is_likeliest & (top >= torch.maximum(u[:, :-1].amax(dim=1, keepdim=True), others.top))
     results[DIVERGENCE_ROW] = value.sum(dim=1).to(results.dtype)
     # Not the log-sum-exp less a sum: with a large common offset, these have lost digits.
     entropy = torch.where(p_of_all == 0, 0.0, p_of_all * (lse - means)).sum(dim=1)

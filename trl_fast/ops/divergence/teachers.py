@@ -1,15 +1,15 @@
-"""Holds the teacher of a sweep: another head, the likeliest tokens of one, or log-probabilities that are given."""
+"""Holds the teacher of a sweep: another head, some tokens of one, or log-probabilities that are given."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..head.row_kernels import row_kernels
+from ..head.row_kernels import RowKernels, row_kernels
 from ..memory_pool import pooled_empty
 from .formulas import DivergenceFormula
-from .given import KnownTokens, row_divergence_to_known
+from .given import KnownTokens, likeliest_tokens, row_divergence_to_known
 from .heads import DivergenceHead
 from .row_kernels import divergence_kernel
 
@@ -18,8 +18,9 @@ from .row_kernels import divergence_kernel
 class Teacher:
     """Holds the teacher's side of all rows, and computes the divergence of a block to it.
 
-    head, hidden (N, H): its head and hidden states; or known: what is given of it. top_k: how many of the head's
-    tokens are compared, 0 for all; tail: whether all others are one more class; backend: that of the kernels.
+    head, hidden (N, H): its head and hidden states; or known: what is given of it. top_k: how many tokens of the head
+    are compared, 0 for all; of_student: whether they are the student's likeliest ones, and not the teacher's; tail:
+    whether all others are one more class; backend: that of the kernels.
     """
 
     formula: DivergenceFormula
@@ -28,6 +29,7 @@ class Teacher:
     hidden: torch.Tensor | None = None
     known: KnownTokens | None = None
     top_k: int = 0
+    of_student: bool = False
     tail: bool = True
     _logits: torch.Tensor | None = None
 
@@ -53,7 +55,7 @@ class Teacher:
             return self
         hidden = None if self.hidden is None else self.hidden[rows]
         known = None if self.known is None else KnownTokens(*(one[rows] for one in self.known))
-        return Teacher(self.formula, self.backend, self.head, hidden, known, self.top_k, self.tail)
+        return replace(self, hidden=hidden, known=known)
 
     def compare(
         self,
@@ -79,12 +81,7 @@ class Teacher:
             )
             return gradient
         kernels = row_kernels(self.backend, device)
-        if self.known is not None:
-            known = self.known.rows(rows)
-        else:
-            assert self.head is not None, "such a teacher is a head"
-            head, products = self.head, self._multiply(rows)
-            known = KnownTokens.likeliest(products, head.bias, head.transform, self.top_k, kernels)
+        known = self._known(rows, student, logits, kernels)
         gradient = None
         if with_gradient:
             narrow = logits.dtype != student.product
@@ -92,6 +89,16 @@ class Teacher:
         given = (known, self.formula, self.tail, weights, results, gradient)
         row_divergence_to_known(kernels, logits, student.bias, student.transform, *given)
         return gradient
+
+    def _known(self, rows: slice, student: DivergenceHead, logits: torch.Tensor, kernels: RowKernels) -> KnownTokens:
+        """Returns what is known of the teacher's tokens in a block; logits: (R, V) the student's raw products."""
+        if self.known is not None:
+            return self.known.rows(rows)
+        assert self.head is not None, "such a teacher is a head"
+        products, bias, transform = self._multiply(rows), self.head.bias, self.head.transform
+        shown = (logits, student.bias, student.transform) if self.of_student else (products, bias, transform)
+        chosen = likeliest_tokens(*shown, self.top_k)
+        return KnownTokens.of_head(products, bias, transform, chosen, kernels)
 
     def _multiply(self, rows: slice) -> torch.Tensor:
         """Returns the teacher's raw products (R, V) of a block; the first block has the most rows."""
