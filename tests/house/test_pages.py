@@ -35,6 +35,7 @@ from trl_fast.data import (
     prepare_unpaired_dataset,
 )
 from trl_fast.data.prompt_only import prepare_prompt_dataset
+from trl_fast.data.teacher_prompts import prepare_teacher_prompts
 from trl_fast.losses.a2po import a2po_loss, optimal_values
 from trl_fast.losses.bco import bco_losses
 from trl_fast.losses.dpo import PAIR_LOSSES, DPOLossConfig, PreferencePairs, dpo_loss
@@ -75,6 +76,9 @@ PREPARES = {
     "online_dpo": prepare_prompt_dataset,
     "a2po": prepare_prompt_dataset,
     "distillation": prepare_prompt_dataset,
+    "sdft": lambda rows, tokenizer: prepare_teacher_prompts(
+        prepare_prompt_dataset(rows, tokenizer), tokenizer, template="{prompt} {privileged_context}"
+    ),
     "ppo": lambda rows, tokenizer: (
         rows if "input_ids" in rows.column_names else prepare_prompt_dataset(rows, tokenizer)
     ),

@@ -26,7 +26,7 @@ def message_text(content: Any) -> str:
 
 
 def context_text(context: Any) -> str:
-    """Returns what a row tells the teacher as text: text as it is, messages line by line, others as Python has them."""
+    """Returns what a row tells the teacher as text: text as it is, messages line by line, others as Python says."""
     if isinstance(context, list) and context and isinstance(context[0], Mapping):
         return "\n".join(filter(None, (message_text(message.get("content")) for message in context)))
     return str(context)

@@ -50,7 +50,6 @@ _EXPERIMENTS = {
     "merge_model_callback": "it hands checkpoints to the package mergekit; call mergekit on the folder that "
     "save_model wrote, or in the on_save of a callback of your own",
     "openreward": _ADAPTER.format("openreward"),
-    "sdft": _SELF_TEACHER.format("shows it a demonstration", "train on the demonstrations by SFTTrainer"),
     "sdpo": _SELF_TEACHER.format("shows it a rewarded answer or feedback", "train on the rewards by GRPOTrainer"),
     "server_distillation": "its teacher is a vLLM server that tells the log-probabilities of a few tokens at each "
     "place; DistillationTrainer has its teacher beside the student, and trl_fast.ops.linear_divergence_to_given "

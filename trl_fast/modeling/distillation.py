@@ -214,8 +214,8 @@ def _compare_logits(
     transform = LogitTransform.of(temperature=settings.temperature)
     if settings.top_k is None:
         head = (None, transform.scale, transform.softcap)
-        given = (student, *head, teacher, *head, transform.inv_temperature, *formula, weights, results, gradient)
-        row_divergence_reference(*given)
+        heads = (student, *head, teacher, *head)
+        row_divergence_reference(*heads, transform.inv_temperature, *formula, weights, results, gradient)
         return
     shown = student if settings.top_k_of == "student" else teacher
     chosen = likeliest_tokens(shown, None, transform, settings.top_k)

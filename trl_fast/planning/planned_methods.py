@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from trl_fast.data import TokenBatch
 from trl_fast.data.unpaired_preference import BOTH
 from trl_fast.lazy_imports import import_place
 from trl_fast.losses.bco import BCOLossConfig
@@ -25,15 +26,19 @@ from trl_fast.losses.policy_gradient import PolicyLossConfig
 from trl_fast.losses.reference_free import CPOLossConfig, ORPOLossConfig, TPOLossConfig
 from trl_fast.losses.sft import nll_loss
 from trl_fast.modeling.classifier_head import read_head
-from trl_fast.modeling.distillation import DivergenceSettings
+from trl_fast.modeling.distillation import DivergenceSettings, TeacherStates, teacher_states
 from trl_fast.modeling.policy_and_value import PolicyAndValue
+from trl_fast.modeling.reference_policy import reference_scope
 from trl_fast.modeling.scoring import score
+from trl_fast.ops import TokenScores
 from trl_fast.trainers.base.reference import reference_scores
 from trl_fast.trainers.base.running_mean import Mean
 from trl_fast.trainers.distillation.step import DistillationUpdate
 from trl_fast.trainers.dpo import preference_loss_inputs
 from trl_fast.trainers.kto import sequence_logprobs
 from trl_fast.trainers.methods import METHODS
+from trl_fast.trainers.self_distillation.arguments import SAMPLED_TOKEN
+from trl_fast.trainers.self_distillation.step import SelfDistillationSettings, SelfDistillationUpdate
 
 from .device_batches import on_device
 from .example_batches import (
@@ -235,6 +240,45 @@ def _distillation_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any,
     return _step(setup)(student, teacher, weighted, settings, head=setup.head_options).loss
 
 
+class _SelfTeacher:
+    """Tells what a model says as its own teacher: a copy of it, or itself without its adapter, or as it is."""
+
+    def __init__(self, setup: TrainingSetup, models: PlannedModels) -> None:
+        self._setup, switches = setup, models.reference is None and setup.teacher_model_kind != "live"
+        self._model = _under_autocast(setup, models.policy if models.reference is None else models.reference)
+        self._scope = partial(reference_scope, models.policy if switches else None)
+
+    def states(self, batch: TokenBatch) -> TeacherStates:
+        """Returns its states at a batch's scored positions."""
+        with self._scope():
+            return teacher_states(self._model, batch)._replace(scope=self._scope)
+
+    @torch.no_grad()
+    def score(self, batch: TokenBatch, *, temperature: float) -> TokenScores:
+        """Returns the scores of a batch's tokens."""
+        with self._scope():
+            return score(self._model, batch, temperature=temperature, head=self._setup.head_options).tokens
+
+
+def _self_taught_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
+    """Runs a step of self-distillation; the teacher's prompts are taken to be as long as the student's."""
+    if setup.generates:
+        simulate_generation(setup, models.policy, inputs.generation, enter)
+    inputs.update = update = on_device(inputs.update)
+    if setup.scores_old_policy:
+        enter(OLD_STAGE)
+        _token_logprobs(setup, models.policy, update.batch)
+    ones = torch.ones(len(update.batch.targets))
+    known = models.policy.config.get_text_config().vocab_size
+    topk = None if setup.distillation_topk is None else min(setup.distillation_topk, known)
+    alpha = 1.0 if setup.distillation_mode == SAMPLED_TOKEN else 0.5
+    settings = SelfDistillationSettings(setup.distillation_mode, alpha, topk, is_clip=2.0)
+    taught = SelfDistillationUpdate(update.batch, update.batch, ones, ones, update.loss_inputs.old_logprobs)
+    enter(TEACHER_STAGE)
+    policy = _under_autocast(setup, models.policy)
+    return _step(setup)(policy, _SelfTeacher(setup, models), taught, settings, head=setup.head_options).loss
+
+
 def policy_loss_config(setup: TrainingSetup) -> PolicyLossConfig:
     """Returns the loss of GRPO, GMPO or RLOO with the defaults of its config."""
     if setup.method == "rloo":
@@ -263,4 +307,5 @@ PLANNED: dict[str, PlannedMethod] = {
     "ppo": PlannedMethod(ppo_micro_batch, _ppo_loss, "completion"),
     "distillation": PlannedMethod(policy_micro_batch, _distillation_loss, "completion", reads_images=True),
     "gkd": PlannedMethod(policy_micro_batch, _distillation_loss, "completion", reads_images=True),
+    "sdft": PlannedMethod(policy_micro_batch, _self_taught_loss, "completion"),
 }

@@ -33,7 +33,7 @@ from .peak_estimates import Longest, StagePeaks
 from .planned_methods import PLANNED
 from .roofline.work import Work
 from .sharding import sharing_of
-from .training_setup import GROUP_METHODS, TEACHER_METHODS, TrainingSetup
+from .training_setup import SAMPLING_TOGETHER, TEACHER_METHODS, TrainingSetup
 from .wire import Wire
 
 _COLORS = {
@@ -233,7 +233,7 @@ def teacher_line(setup: TrainingSetup, name: str | None) -> str:
 
 
 def _samples_together(setup: TrainingSetup) -> bool:
-    return setup.method in GROUP_METHODS or (setup.method in TEACHER_METHODS and setup.generates)
+    return setup.method in SAMPLING_TOGETHER and (setup.generates or setup.method not in TEACHER_METHODS)
 
 
 def setup_line(setup: TrainingSetup) -> str:

@@ -19,7 +19,7 @@ from .peak_estimates import counted_length, simulated, whole_layers
 from .roofline.work import Work
 from .shallow_models import shallow_models
 from .sharding import sharing_of
-from .training_setup import GROUP_METHODS, TEACHER_METHODS, TrainingSetup
+from .training_setup import SAMPLING_TOGETHER, TrainingSetup
 from .wire import Passes, Wire, wire_of, wire_work
 
 # Passes over what was sampled, before updates learn from it.
@@ -111,7 +111,7 @@ def _times(stage: str, setup: TrainingSetup, max_length: int) -> float:
         return 1
     if setup.method in ("online_dpo", "a2po") and stage == GENERATION_STAGE:
         return micro_batches * completion
-    if setup.method not in (*GROUP_METHODS, *TEACHER_METHODS) or stage not in _OF_A_ROLLOUT:
+    if setup.method not in SAMPLING_TOGETHER or stage not in _OF_A_ROLLOUT:
         return micro_batches
     if stage in (PROMPTS_STAGE, GENERATION_STAGE):
         steps = (setup.steps_per_generation or micro_batches) * setup.num_iterations

@@ -25,7 +25,11 @@ GROUP_METHODS = ("grpo", "rloo", "gmpo")
 _COMPLETIONS_OF_A_ROW = {"dpo": 2, "reward": 2, "orpo": 2, "cpo": 2, "tpo": 3}
 # Methods of a second model that is never the trained one without an adapter.
 TEACHER_METHODS = ("distillation", "gkd")
-ONLINE_METHODS = (*GROUP_METHODS, "ppo", "online_dpo", "a2po", *TEACHER_METHODS)
+# Methods whose model is its own teacher.
+SELF_TAUGHT_METHODS = ("sdft",)
+# Methods that sample several completions of a prompt, for several micro-batches.
+SAMPLING_TOGETHER = (*GROUP_METHODS, *TEACHER_METHODS, *SELF_TAUGHT_METHODS)
+ONLINE_METHODS = (*SAMPLING_TOGETHER, "ppo", "online_dpo", "a2po")
 # Their arguments that limit a completion, where those are not max_completion_length.
 _LENGTH_SETTINGS = {"ppo": "response_length", "online_dpo": "max_new_tokens"}
 DTYPES = ("bfloat16", "float16", "float32")
@@ -66,6 +70,7 @@ class TrainingSetup:
     - `steps_per_generation`: None takes the accumulation steps (grpo, rloo, distillation).
     - `teacher`: of distillation; None: one as large as the student. `lmbda`, `seq_kd`: the share of micro-batches that
       the student samples, and whether the teacher samples the others.
+    - `teacher_model_kind`, `distillation_mode`, `distillation_topk`: sdft's.
     - `num_mini_batches`, `local_rollout_forward_batch_size`: ppo's.
     - `generates`: False where another process samples (vLLM).
     - `fused_head`: False takes the slow path of `modeling.scoring`, with the model's own logits.
@@ -104,6 +109,9 @@ class TrainingSetup:
     teacher: PlannedTeacher | None = None
     lmbda: float = 1.0
     seq_kd: bool = False
+    teacher_model_kind: str = "base"
+    distillation_mode: str = "topk_logits"
+    distillation_topk: int | None = 100
     num_generations: int | None = None
     steps_per_generation: int | None = None
     num_iterations: int = 1
@@ -130,10 +138,11 @@ class TrainingSetup:
         if self.system != OURS and self.method not in COMPARED_METHODS:
             raise ValueError(f"system={self.system!r} has no step of method={self.method!r} to compare with")
         # Other methods have no groups, and do not look at the number.
-        group_method = self.method if self.method in (*GROUP_METHODS, *TEACHER_METHODS) else GROUP_METHODS[0]
+        group_method = self.method if self.method in SAMPLING_TOGETHER else GROUP_METHODS[0]
+        fields = METHODS[group_method].config_class().__dataclass_fields__
         for name in ("num_generations", "beta"):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, METHODS[group_method].config_class().__dataclass_fields__[name].default)
+            if getattr(self, name) is None and name in fields:
+                object.__setattr__(self, name, fields[name].default)
         if self.system != OURS:
             object.__setattr__(self, "fused_layers", False)
         check_ranges(self)
@@ -202,6 +211,8 @@ class TrainingSetup:
     @property
     def needs_reference_model(self) -> bool:
         """Tells whether a second model holds the weights of the reference policy, or of a teacher, during training."""
+        if self.method in SELF_TAUGHT_METHODS and self.teacher_model_kind == "live":
+            return False
         return self.needs_reference and (self.lora_r is None or self.method in TEACHER_METHODS)
 
     @property
@@ -209,7 +220,8 @@ class TrainingSetup:
         """Tells whether a reference policy, or a teacher, scores during training."""
         if self.method in ("dpo", "kto", "bco"):
             return not self.precompute_ref_log_probs
-        return self.method in ("ppo", "online_dpo", "a2po", *TEACHER_METHODS) or self.kl_weight != 0
+        taught = self.method in (*TEACHER_METHODS, *SELF_TAUGHT_METHODS)
+        return taught or self.method in ("ppo", "online_dpo", "a2po") or self.kl_weight != 0
 
     @property
     def kl_weight(self) -> float:
@@ -226,7 +238,7 @@ class TrainingSetup:
         """Returns the number of completions of a prompt that are held against each other; 1 where none are."""
         if self.method == "online_dpo":
             return 2
-        return self.num_generations if self.method in (*GROUP_METHODS, *TEACHER_METHODS) else 1
+        return self.num_generations if self.method in SAMPLING_TOGETHER else 1
 
     @property
     def completions_per_generation(self) -> int:
@@ -350,6 +362,7 @@ _SAME_NAMES = (
     *("activation_budget_bytes", "activation_offloading", "tiled_mlp", "batch_layout"),
     *("head_grad", "head_workspace_bytes", "beta", "num_generations", "steps_per_generation", "num_iterations"),
     *("num_mini_batches", "local_rollout_forward_batch_size", "num_ppo_epochs", "lmbda", "seq_kd"),
+    *("teacher_model_kind", "distillation_mode", "distillation_topk"),
 )
 
 

@@ -52,6 +52,8 @@ if TYPE_CHECKING:
     from .reward_config import RewardConfig as RewardConfig
     from .rloo import RLOOTrainer as RLOOTrainer
     from .rloo_config import RLOOConfig as RLOOConfig
+    from .self_distillation.sdft import SDFTTrainer as SDFTTrainer
+    from .self_distillation.sdft_config import SDFTConfig as SDFTConfig
     from .sft import SFTTrainer as SFTTrainer
     from .sft_config import SFTConfig as SFTConfig
     from .tpo import TPOTrainer as TPOTrainer

@@ -212,6 +212,15 @@ _METHODS = (
         trl_packages=("trl.trainer", "trl.experimental.gkd"),
         has_trl_script=False,
     ),
+    Method(
+        name="sdft",
+        config="trl_fast.trainers.self_distillation.sdft_config:SDFTConfig",
+        trainer="trl_fast.trainers.self_distillation.sdft:SDFTTrainer",
+        step="trl_fast.trainers.self_distillation.step:self_distillation_step",
+        help="the model's own distributions when it is told more",
+        trl_packages=("trl.experimental.sdft",),
+        has_trl_script=False,
+    ),
 )
 
 # By name, in the order in which they are shown.

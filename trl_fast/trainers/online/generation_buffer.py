@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,17 +57,20 @@ class GenerationBuffer(TrainerCallback):
     micro-batches of the run, `step_time` is the time in seconds of those of the present optimizer step, `slices` are
     this process's, None before the first generation. An optimizer step that ends among the micro-batches of a
     generation leaves the slices to the next one, so a checkpoint has them too.
+
+    samples_class: the kind of samples that slices are.
     """
 
-    def __init__(self, args: GenerationSettings) -> None:
+    def __init__(self, args: GenerationSettings, samples_class: type[Samples] = Samples) -> None:
+        self._samples_class = samples_class
         self.step, self.step_time = 0, 0.0
-        self.slices: list[Samples] | list[dict[str, Any]] | None = None
+        self.slices: Sequence[Samples] | list[dict[str, Any]] | None = None
         self._every = args.generate_every
         # Where each optimizer step ends a generation, a checkpoint needs none of this.
         self._is_saved = not args.is_on_policy and not args.save_only_model
         self._file = f"generation_{args.process_index}.pt"
         self._settings = [args.world_size, args.per_device_train_batch_size, args.steps_per_generation, self._every]
-        self._whole_step: tuple[int, list[Samples] | list[dict[str, Any]] | None] = (0, None)
+        self._whole_step: tuple[int, Sequence[Samples] | list[dict[str, Any]] | None] = (0, None)
 
     @property
     def is_used_up(self) -> bool:
@@ -128,7 +131,7 @@ class GenerationBuffer(TrainerCallback):
             )
             return
         self.step = saved["step"]
-        self.slices = [fields.get(_BATCH) or Samples(**fields) for fields in saved["slices"]] or None
+        self.slices = [fields.get(_BATCH) or self._samples_class(**fields) for fields in saved["slices"]] or None
 
 
 def _fields(samples: Samples | dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from trl_fast.ops import HeadOptions, TokenScores
 from trl_fast.ops.token_scores import required
 
 from ..base.step import StepResult, router_keywords, with_router_loss
-from .config import SAMPLED_TOKEN, TOPK_LOGITS
+from .arguments import SAMPLED_TOKEN, TOPK_LOGITS
 
 DISTILLATION_LOSS = "self_distillation/distillation_loss"
 
@@ -52,7 +52,7 @@ class SelfDistillationUpdate:
 
 @dataclass(frozen=True)
 class SelfDistillationSettings:
-    """Holds what is compared, under TRL's names without `distillation_`; mode: see config.py.
+    """Holds what is compared, under TRL's names without `distillation_`; mode: see arguments.py.
 
     alpha: beta of `ops.linear_divergence`; is_clip: upper bound of the ratio to the policy that sampled, None: no
     ratio; temperature: divides both sides' logits.
@@ -74,10 +74,10 @@ class SelfDistillationSettings:
     @property
     def divergence(self) -> DivergenceSettings:
         """Returns the divergence between whole distributions, or on the student's likeliest tokens."""
+        whole = DivergenceSettings(self.alpha, temperature=self.temperature, outputs=("divergence",))
         if self.mode != TOPK_LOGITS:
-            return DivergenceSettings(self.alpha, temperature=self.temperature, outputs=("divergence",))
-        chosen = {"top_k": self.topk, "top_k_of": "student", "tail": self.add_tail}
-        return DivergenceSettings(self.alpha, temperature=self.temperature, outputs=("divergence",), **chosen)
+            return whole
+        return replace(whole, top_k=self.topk, top_k_of="student", tail=self.add_tail)
 
 
 @dataclass(frozen=True)
