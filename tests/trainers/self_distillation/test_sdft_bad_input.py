@@ -16,7 +16,10 @@ QUIET = {"use_cpu": True, "bf16": False, "report_to": "none"}
         ({"distillation_alpha": 1.5}, r"distillation_alpha: expected a finite number in \[0, 1\], got 1.5"),
         ({"distillation_topk": 0}, "distillation_topk: expected an integer >= 1"),
         ({"distillation_topk": None}, "distillation_topk is missing"),
-        ({"distillation_mode": "topk"}, "distillation_mode='topk' is unknown; expected one of .*did you mean"),
+        (
+            {"distillation_mode": "topk_logit"},
+            "distillation_mode='topk_logit' is unknown; expected one of .*did you mean",
+        ),
         ({"distillation_mode": "sampled_token"}, "distillation_alpha=0.5 with distillation_mode='sampled_token'"),
         ({"distillation_is_clip": 0.0}, "distillation_is_clip: expected"),
         ({"teacher_model_kind": "old"}, "teacher_model_kind='old' is unknown; expected one of live, base, ema"),

@@ -9,6 +9,7 @@ from support.divergences import row_divergences
 from support.models import tiny_model
 from trl_fast.modeling.distillation import teacher_states
 from trl_fast.modeling.scoring import attach_scoring, score
+from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.ops import HeadOptions
 from trl_fast.trainers.online.micro_batches import UpdateMaker
 from trl_fast.trainers.self_distillation.samples import TaughtSamples, taught_update
@@ -42,8 +43,9 @@ def model_of(seed):
     torch.manual_seed(seed)
     model = tiny_model(vocab_size=40)
     with torch.no_grad():
-        model.lm_head.weight.mul_(20)
+        model.lm_head.weight.mul_(2)
     attach_scoring(model)
+    use_segment_attention(model)
     return model
 
 

@@ -44,7 +44,7 @@ class SelfDistillationConfig(GroupConfig):
     """Tokens after which a completion is cut off."""
 
     # The teacher.
-    teacher_model_kind: str = one_of(TEACHER_KINDS, default=BASE)
+    teacher_model_kind: str = one_of(TEACHER_KINDS, default="base")
     """Teacher: the model as it is (live), as it was at the beginning (base), or averaged over its steps (ema)."""
 
     teacher_update_rate: float = 0.05
@@ -57,7 +57,7 @@ class SelfDistillationConfig(GroupConfig):
     """Ask a vLLM server for the teacher's log-probabilities; not served: the teacher is computed beside the model."""
 
     # What is learned.
-    distillation_mode: str = one_of(MODES, default=FULL_LOGITS)
+    distillation_mode: str = one_of(MODES, default="full_logits")
     """What is compared: sampled_token (the completion's own tokens), full_logits or topk_logits."""
 
     distillation_alpha: float = 0.5

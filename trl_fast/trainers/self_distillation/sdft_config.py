@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from trl_fast.settings.choices import one_of
 
-from .arguments import MODES, TOPK_LOGITS, SelfDistillationConfig
+from .arguments import MODES, SelfDistillationConfig
 
 
 @dataclass
@@ -27,7 +27,7 @@ class SDFTConfig(SelfDistillationConfig):
     )
 
     # What is learned.
-    distillation_mode: str = one_of(MODES, default=TOPK_LOGITS)
+    distillation_mode: str = one_of(MODES, default="topk_logits")
     """What is compared: sampled_token (the completion's own tokens), full_logits or topk_logits."""
 
     distillation_topk: int | None = 100
