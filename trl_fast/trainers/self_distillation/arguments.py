@@ -14,8 +14,10 @@ from ..online.sampling_config import check_rows_are_whole
 logger = logging.getLogger(__name__)
 
 # The student as it is, as it was at the beginning, and averaged over its steps.
-LIVE, BASE, EMA = TEACHER_KINDS = ("live", "base", "ema")
-SAMPLED_TOKEN, FULL_LOGITS, TOPK_LOGITS = MODES = ("sampled_token", "full_logits", "topk_logits")
+TEACHER_KINDS = ("live", "base", "ema")
+LIVE, BASE, EMA = TEACHER_KINDS
+MODES = ("sampled_token", "full_logits", "topk_logits")
+SAMPLED_TOKEN, FULL_LOGITS, TOPK_LOGITS = MODES
 
 
 @dataclass
