@@ -10,13 +10,13 @@ from trl_fast.settings.choices import check_choice, one_of
 from trl_fast.settings.older_names import older_name
 
 from .online.config import OnlineConfig
+from .online.group_config import SCALES, scale_name
 
 if TYPE_CHECKING:
     from trl_fast.losses.policy_gradient import PolicyLossConfig
 
 logger = logging.getLogger(__name__)
 
-SCALES = ("group", "batch", "none")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
 CORRECTIONS = ("sequence_mask", "sequence_truncate", "token_mask", "token_truncate")
 # Losses that sum over tokens, whatever completion they are of.
@@ -136,7 +136,7 @@ class GRPOConfig(OnlineConfig):
     vllm_importance_sampling_cap: float | None = older_name(now="vllm_importance_sampling_clip_max")
 
     def __post_init__(self) -> None:
-        self._name_scale()
+        self.scale_rewards = scale_name(self.scale_rewards)
         super().__post_init__()
         self.check_values()
         if self.log_completions_hub_repo is not None and not self.log_completions:
@@ -146,15 +146,9 @@ class GRPOConfig(OnlineConfig):
             )
         self._warn_of_level()
 
-    def _name_scale(self) -> None:
-        # The command line gives a string.
-        names = {True: "group", False: "none", "true": "group", "false": "none"}
-        scale = self.scale_rewards
-        self.scale_rewards = names.get(scale.lower() if isinstance(scale, str) else scale, scale)
-
     def check_values(self) -> None:
         """Checks the arguments that may be changed later, as the base does, and those of the loss."""
-        self._name_scale()
+        self.scale_rewards = scale_name(self.scale_rewards)
         super().check_values()
         check_choice(self, "scale_rewards")
         check_choice(self, "multi_objective_aggregation")

@@ -22,7 +22,7 @@ class RLOOConfig(OnlineConfig):
         ValueError: a value is out of range or does not go with another; the message names both.
     """
 
-    num_generations: int | None = 2
+    num_generations: int = 2
     """Completions for each prompt."""
 
     beta: float = 0.05

@@ -55,6 +55,9 @@ class Calls(list):
         self.append("advantages")
         return Advantages(10 * rewards[:, 0], rewards[:, 0], torch.zeros(0))
 
+    def add_contexts(self, samples, rows, rewards):
+        self.append(("contexts", [row["shade"] for row in rows], rewards.tolist()))
+
     def deal(self, samples):
         self.append(f"deal {len(samples)}")
         return samples
@@ -103,9 +106,10 @@ def test_rollout_rewards_advantages_update():
     calls = Calls()
     assert make(calls).run(ROWS, calls, update=lambda samples: calls.append("update") or "made") == "made"
     outcome = ("outcome", ["p0", "p1"], ["text 2", "text 1"], [[2.0], [2.0], [102.0], [102.0]], 4)
+    contexts = ("contexts", [0, 1], [2.0, 2.0, 102.0, 102.0])
     assert calls == [
         *("guarded", "sync 3", "generate", "rewards", "released"),
-        *("lengths", "advantages", outcome, "deal 2", ("logprobs", [20.0, 20.0]), "update"),
+        *("lengths", "advantages", outcome, contexts, "deal 2", ("logprobs", [20.0, 20.0]), "update"),
     ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from math import gcd
 from typing import Any
 from weakref import WeakSet
@@ -125,7 +126,7 @@ def exchange(
             received |= part
     mine = zip(places[:, me].ravel(), owners[:, me].ravel(), numbers[:, me].ravel(), strict=True)
     parts = [samples.select(units[number]) if owner == me else received[int(place)] for place, owner, number in mine]
-    joined = Samples.joined(parts)
+    joined = type(samples).joined(parts)
     size = len(joined) // micro_batches
     return joined, [[*range(start, start + size)] for start in range(0, len(joined), size)]
 
@@ -137,4 +138,4 @@ def _alone(samples: Samples) -> Samples:
         for name, value in vars(samples).items()
         if isinstance(value, list) and value and isinstance(value[0], torch.Tensor)
     }
-    return Samples(**{**vars(samples.without_other_images()), **copies})
+    return replace(samples.without_other_images(), **copies)

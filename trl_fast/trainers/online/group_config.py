@@ -8,6 +8,15 @@ from typing import ClassVar
 
 from .sampling_config import SamplingConfig
 
+# What divides advantages: the standard deviation of rewards in the group, in the batch, or nothing.
+SCALES = ("group", "batch", "none")
+
+
+def scale_name(scale: str | bool) -> str:
+    """Returns the name of `SCALES` that is meant by TRL's older True and False; the command line gives them as text."""
+    names = {True: "group", False: "none", "true": "group", "false": "none"}
+    return str(names.get(scale.lower() if isinstance(scale, str) else scale, scale))
+
 
 @dataclass
 class GroupConfig(SamplingConfig):
@@ -19,7 +28,7 @@ class GroupConfig(SamplingConfig):
 
     other_batch_size: ClassVar[str] = "cut groups of completions apart"
 
-    num_generations: int | None = 8
+    num_generations: int = 8
     """Completions for each prompt; they are compared with each other."""
 
     num_generations_eval: int | None = None
@@ -40,41 +49,48 @@ class GroupConfig(SamplingConfig):
 
     def _divide_generations(self) -> None:
         """Fills in generation_batch_size and steps_per_generation from each other."""
-        from trl_fast.settings.divisors import divisors, either, least_count, multiples_around
+        from trl_fast.settings.divisors import either, multiples_around
 
-        per_step = self.per_device_train_batch_size * self.world_size
+        per_step, size = self.per_device_train_batch_size * self.world_size, self.generation_batch_size
         shown = f"per_device_train_batch_size * processes = {self.per_device_train_batch_size} * {self.world_size}"
-        given = self.generation_batch_size is not None
-        if not given:
+        if size is None:
             self.steps_per_generation = self.steps_per_generation or self.gradient_accumulation_steps
             self.generation_batch_size = per_step * self.steps_per_generation
-        elif self.generation_batch_size % per_step:
+        elif size % per_step:
             raise ValueError(
-                f"generation_batch_size={self.generation_batch_size} is no multiple of {shown}; set it to "
-                f"{either(multiples_around(self.generation_batch_size, per_step))}, or leave it out"
+                f"generation_batch_size={size} is no multiple of {shown}; set it to "
+                f"{either(multiples_around(size, per_step))}, or leave it out"
             )
-        elif self.steps_per_generation not in (None, self.generation_batch_size // per_step):
+        elif self.steps_per_generation not in (None, size // per_step):
             raise ValueError(
-                f"generation_batch_size={self.generation_batch_size} and steps_per_generation="
-                f"{self.steps_per_generation} contradict each other ({shown}); give one of them"
+                f"generation_batch_size={size} and steps_per_generation={self.steps_per_generation} contradict each "
+                f"other ({shown}); give one of them"
             )
         else:
-            self.steps_per_generation = self.generation_batch_size // per_step
-        if self.generation_batch_size % self.num_generations:
-            if given:
-                whole = math.lcm(self.num_generations, per_step)
-                remedy = f"generation_batch_size={either(multiples_around(self.generation_batch_size, whole))}"
-            else:
-                size = least_count(self.num_generations, self.world_size * self.steps_per_generation)
-                remedy = f"per_device_train_batch_size={size}"
-            fewer = divisors(self.generation_batch_size, 2)
-            raise ValueError(
-                f"num_generations={self.num_generations} does not divide the {self.generation_batch_size} completions "
-                f"of a generation ({shown}, times steps_per_generation={self.steps_per_generation}); use {remedy}"
-                f"{f', or num_generations={either(fewer)}' if fewer else ''}"
-            )
+            self.steps_per_generation = size // per_step
+        self._check_groups(shown, given=size is not None)
         if self.eval_strategy != "no":
             self.check_eval_batch()
+
+    def _check_groups(self, shown: str, *, given: bool) -> None:
+        """Checks that a generation holds whole groups. given: whether its size was; shown: what a step has."""
+        from trl_fast.settings.divisors import divisors, either, least_count, multiples_around
+
+        size = self.completions_at_a_time * self.world_size
+        if size % self.num_generations == 0:
+            return
+        if given:
+            whole = math.lcm(self.num_generations, self.per_device_train_batch_size * self.world_size)
+            remedy = f"generation_batch_size={either(multiples_around(size, whole))}"
+        else:
+            least = least_count(self.num_generations, size // self.per_device_train_batch_size)
+            remedy = f"per_device_train_batch_size={least}"
+        fewer = divisors(size, 2)
+        raise ValueError(
+            f"num_generations={self.num_generations} does not divide the {size} completions of a generation ({shown}, "
+            f"times steps_per_generation={self.steps_per_generation}); use {remedy}"
+            f"{f', or num_generations={either(fewer)}' if fewer else ''}"
+        )
 
     def check_eval_batch(self) -> None:
         """Raises ValueError if a batch of the evaluation would not hold all completions of its prompts."""
@@ -95,14 +111,19 @@ class GroupConfig(SamplingConfig):
         return (self.num_generations_eval or self.num_generations) if mode == "eval" else self.num_generations
 
     @property
+    def _steps(self) -> int:
+        assert self.steps_per_generation is not None, "it is filled in when the config is made"
+        return self.steps_per_generation
+
+    @property
     def generate_every(self) -> int:
         """Returns the number of micro-batches after which new completions are made."""
-        return self.steps_per_generation * self.num_iterations
+        return self._steps * self.num_iterations
 
     @property
     def completions_at_a_time(self) -> int:
         """Returns the completions that a process samples at a time, at most."""
-        return self.per_device_train_batch_size * self.steps_per_generation
+        return self.per_device_train_batch_size * self._steps
 
     @property
     def is_on_policy(self) -> bool:

@@ -75,6 +75,9 @@ class GroupTrainer(OnlineTrainer):
     config_class = OnlineConfig
     free_deal = property(deal_of_groups)
     deal = deal_completions
+    samples_class: type[Samples] = Samples
+    # Whether micro-batches are drawn at random, as TRL's trainer of the method does, or taken in turn.
+    shuffles_completions = True
     # Whether the policy may call tools, and completions are read as messages with tool calls and reasoning.
     has_tools = False
     uncalled_hooks = UNCALLED_HOOKS
@@ -126,7 +129,7 @@ class GroupTrainer(OnlineTrainer):
         model, layout = self._set_up_policy(model, args, peft_config, train_dataset)
         self.rollout_func, self.sampling = rollout_func, Sampling(self)
         self.trl_hooks = TRLHooks(self, returns_more=self.has_tools)
-        self.generation, self.slicer = GenerationBuffer(args), Slicer()
+        self.generation, self.slicer = GenerationBuffer(args), Slicer(shuffles=self.shuffles_completions)
         self.start(
             model=model,
             args=args,
@@ -174,6 +177,7 @@ class GroupTrainer(OnlineTrainer):
             completions_kept=self.args.generation_batch_size,
             parses_messages=self.has_tools,
             excludes_cut_off=lambda: self.args.mask_truncated_completions,
+            samples_class=self.samples_class,
         )
         self.loop.settings = self.sampling.settings
         self.trl_hooks.attach(self.loop)

@@ -91,12 +91,12 @@ class UpdateMaker:
         return Update(batch, loss_inputs, copy_to_device(samples.lengths[left_out], self.device), lengths)
 
 
-def slice_indices(samples: Samples, slices: int, *, together: bool) -> list[list[int]]:
-    """Returns the shuffled numbers of the completions, cut into `slices` equal parts.
+def slice_indices(samples: Samples, slices: int, *, together: bool, shuffled: bool = True) -> list[list[int]]:
+    """Returns the numbers of the completions, cut into `slices` equal parts.
 
-    together: whether completions of one prompt stay next to each other.
+    together: whether completions of one prompt stay next to each other; shuffled: whether they are drawn at random.
     """
-    order = torch.randperm(len(samples)).tolist()
+    order = torch.randperm(len(samples)).tolist() if shuffled else list(range(len(samples)))
     if together:
         order = samples.grouped(order)
     size = len(order) // slices
@@ -104,9 +104,13 @@ def slice_indices(samples: Samples, slices: int, *, together: bool) -> list[list
 
 
 class Slicer:
-    """Draws once, before any is scored, which completions of a generation share a micro-batch of the update."""
+    """Draws once, before any is scored, which completions of a generation share a micro-batch of the update.
 
-    def __init__(self) -> None:
+    shuffles: whether they are drawn at random, or taken in turn.
+    """
+
+    def __init__(self, *, shuffles: bool = True) -> None:
+        self._shuffles = shuffles
         self._drawn: tuple[Samples | None, list[list[int]]] = (None, [])
 
     def keep(self, samples: Samples, slices: list[list[int]]) -> None:
@@ -122,7 +126,7 @@ class Slicer:
             return batches_in_turn(samples, range(len(samples)), size)
         known, drawn = self._drawn
         if known is not samples:
-            drawn = slice_indices(samples, slices, together=together)
+            drawn = slice_indices(samples, slices, together=together, shuffled=self._shuffles)
             self._drawn = (samples, drawn)
         return drawn
 

@@ -58,6 +58,12 @@ class OnlineMethod(SamplingMethod, Protocol):
         processes' N completions by R reward sources; NaN where a source gave none.
         """
 
+    def add_contexts(self, samples: Samples, rows: list[dict[str, Any]], rewards: torch.Tensor) -> None:
+        """Adds what the loss reads of the rows, and of how other completions fared, to this process's samples.
+
+        rows: of this process's completions; rewards: (N,) float32, the summed ones of all processes; NaN for none.
+        """
+
     def deal(self, samples: Samples) -> Samples:
         """Returns the completions that this process trains on, of this process's with their advantages."""
 
@@ -141,6 +147,7 @@ class RolloutLoop:
         samples.advantages = found.advantages[first : first + len(rows)].cpu()
         group = method.group_size or len(found.rewards)
         self.metrics.record_outcome(judged.prompts, judged.completions, rewards, found, group)
+        method.add_contexts(samples, rows, found.rewards)
         samples = method.deal(samples)
         method.add_logprobs(samples)
         return update(samples)

@@ -52,12 +52,13 @@ class SelfTeacher(ReferencePolicy):
         Raises:
             ValueError: the student's adapter is one that no teacher of this kind can be made of.
         """
+        settings: Any = args  # it has what is read of a `ReferenceConfig`
         kind, came_with_adapter = args.teacher_model_kind, isinstance(policy, PeftModel)
         has_adapter = came_with_adapter or peft_config is not None
         self._is_student = kind == LIVE or not wanted
         copied = wanted and kind != LIVE and not has_adapter
         student, layout = self.set_up(
-            *(policy, None, args, peft_config, sequences), wanted=copied, adapter_wanted=wanted and kind == BASE
+            *(policy, None, settings, peft_config, sequences), wanted=copied, adapter_wanted=wanted and kind == BASE
         )
         if isinstance(student, PeftModel) and wanted:
             _check_adapter(student, kind)
