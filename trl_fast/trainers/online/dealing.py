@@ -133,7 +133,7 @@ def exchange(
 
 def _alone(samples: Samples) -> Samples:
     """Returns the samples with vectors that do not lie in those of all completions, which would be sent too."""
-    copies = {
+    copies: dict[str, Any] = {
         name: [vector.clone() for vector in value]
         for name, value in vars(samples).items()
         if isinstance(value, list) and value and isinstance(value[0], torch.Tensor)

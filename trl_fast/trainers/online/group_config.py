@@ -13,7 +13,7 @@ SCALES = ("group", "batch", "none")
 
 
 def scale_name(scale: str | bool) -> str:
-    """Returns the name of `SCALES` that is meant by TRL's older True and False; the command line gives them as text."""
+    """Returns the name of `SCALES` that is meant, also by TRL's older True and False, or by these as text."""
     names = {True: "group", False: "none", "true": "group", "false": "none"}
     return str(names.get(scale.lower() if isinstance(scale, str) else scale, scale))
 

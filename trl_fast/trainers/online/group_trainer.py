@@ -36,6 +36,7 @@ from .dealing import deal_completions, deal_of_groups
 from .engines import make_engine
 from .environments import rows_or_placeholder
 from .generation_buffer import GenerationBuffer
+from .group_config import RewardedGroupConfig
 from .micro_batches import Slicer, Update, scoring_batches, trained_indices
 from .policy_step import policy_step
 from .prompt_order import PromptOrder
@@ -98,7 +99,7 @@ class GroupTrainer(OnlineTrainer):
         self,
         model: str | PreTrainedModel | PeftModel,
         reward_funcs: GivenReward | list[GivenReward] | None = None,
-        args: OnlineConfig | None = None,
+        args: RewardedGroupConfig | None = None,
         train_dataset: AnyDataset | None = None,
         eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,

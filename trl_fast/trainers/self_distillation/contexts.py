@@ -1,7 +1,7 @@
 """Chooses what SDPO's teacher is told about each completion's prompt: a successful completion, feedback, or nothing.
 
-The teacher is told of a completion of the same prompt whose reward reaches a threshold, the first one of its group, and
-of a text that came with the dataset's row. A completion without either has no teacher.
+The teacher is told of the first completion of the same prompt whose reward reaches a threshold, and of a text that
+came with the dataset's row. A completion without either has no teacher.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def last_user_text(prompt: Any) -> str:
         return prompt
     if prompt[-1].get("role") != "user":
         raise ValueError(
-            f"prompt: the last message is of {prompt[-1].get('role')!r}; the teacher is told more in a user's message, "
-            "so end each prompt with one"
+            f"prompt: the last message is of {prompt[-1].get('role')!r}; the teacher is told more in a user's "
+            "message, so end each prompt with one"
         )
     return message_text(prompt[-1].get("content"))

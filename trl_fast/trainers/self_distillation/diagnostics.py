@@ -43,8 +43,8 @@ def reward_diagnostics(
 class Diagnostics:
     """Warns of generations in a row that teach nothing: of the first one, and of every so many.
 
-    args: with `diagnostics_warning_interval` and `diagnostics_flat_tolerance`; is_main_process: whether this process is
-    the one that writes.
+    args: with `diagnostics_warning_interval` and `diagnostics_flat_tolerance`; is_main_process: whether this process
+    is the one that writes.
     """
 
     def __init__(self, args: Any, *, is_main_process: bool) -> None:
@@ -67,8 +67,8 @@ class Diagnostics:
         tolerance = self._args.diagnostics_flat_tolerance
         self._see(
             *("no teacher", mode, metrics["self_distillation/reprompt_sample_fraction"] <= tolerance),
-            "No completion has a teacher, so that distillation teaches nothing: no reward of another completion reaches "
-            "success_reward_threshold, and there is no feedback that the teacher is shown.",
+            "No completion has a teacher, so that distillation teaches nothing: no reward of another completion "
+            "reaches success_reward_threshold, and there is no feedback that the teacher is shown.",
         )
         self._see(
             *("no success", mode, metrics["self_distillation/success_group_fraction"] <= tolerance),

@@ -74,7 +74,8 @@ class Reprompter:
 
     def _tokens(self, prompts: list) -> list[list[int]]:
         """Returns the tokens of prompts; completions of a group are often told the same."""
-        args, distinct = self._trainer.args, []
+        args = self._trainer.args
+        distinct: list = []
         for prompt in prompts:
             if prompt not in distinct:
                 distinct.append(prompt)
@@ -84,10 +85,12 @@ class Reprompter:
 
     def _say_ignored(self, feedbacks: list) -> None:
         """Says once that feedback is there and not shown."""
-        if self._says_ignored and not self._trainer.args.include_environment_feedback and any(map(is_feedback, feedbacks)):
-            self._says_ignored = False
-            if self._trainer.accelerator.is_main_process:
-                logger.warning(
-                    f"The dataset's column {PRIVILEGED_CONTEXT!r} has texts, which the teacher is not shown; set "
-                    "include_environment_feedback=True to show them."
-                )
+        trainer = self._trainer
+        if trainer.args.include_environment_feedback or not (self._says_ignored and any(map(is_feedback, feedbacks))):
+            return
+        self._says_ignored = False
+        if trainer.accelerator.is_main_process:
+            logger.warning(
+                f"The dataset's column {PRIVILEGED_CONTEXT!r} has texts, which the teacher is not shown; set "
+                "include_environment_feedback=True to show them."
+            )

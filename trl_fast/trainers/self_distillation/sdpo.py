@@ -59,7 +59,8 @@ class SDPOTrainer(GroupTrainer):
     samples_class = TaughtSamples
     shuffles_completions = False
     uncalled_hooks = SDPO_UNCALLED_HOOKS
-    args: SDPOConfig
+    args: Any
+    model: Any  # there always is one
     reference: SelfTeacher
 
     def __init__(
@@ -134,9 +135,7 @@ class SDPOTrainer(GroupTrainer):
         metrics = reward_diagnostics(rewards.cpu(), weights.cpu(), names, self.group_size, tolerance)
         self.recorder.record_values(metrics)
         self.diagnostics.warn_of_flat_rewards(metrics, self.mode)
-        return group_advantages(
-            rewards, weights.to(rewards.device), self.group_size, scale_rewards=args.scale_rewards
-        )
+        return group_advantages(rewards, weights.to(rewards.device), self.group_size, scale_rewards=args.scale_rewards)
 
     def add_contexts(self, samples: Any, rows: list[dict[str, Any]], rewards: torch.Tensor) -> None:
         """Adds the teacher's prompts, which tell it of successful completions and of feedback."""
@@ -155,14 +154,15 @@ class SDPOTrainer(GroupTrainer):
         count = self.args.steps_per_generation if self.model.training else None
         return self.slicer.slices_of(samples, self._batch_size, count, together=False)
 
-    def _prepare_inputs(self, rows: Any) -> SDPOUpdate:
-        """Returns a micro-batch; where it is time, of new completions of `rows`."""
+    def _prepare_inputs(self, rows: Any) -> Any:
+        """Returns a micro-batch, `SDPOUpdate`; where it is time, of new completions of `rows`."""
+        method: Any = self
         if not self.model.training or self.generation.is_used_up:
             self.trl_hooks.attach(self.loop)
         if not self.model.training:
-            return self.loop.run(rows, self, update=self._update)
+            return self.loop.run(rows, method, update=self._update)
         if self.generation.is_used_up:
-            slices = self.loop.run(rows, self, update=lambda samples: map(samples.select, self.slices(samples)))
+            slices = self.loop.run(rows, method, update=lambda samples: map(samples.select, self.slices(samples)))
             self.generation.slices = list(slices)
             names = ("generate_every", "steps_per_generation")
             call_event(self, "on_generation_batch_built", lambda: {name: getattr(self.args, name) for name in names})

@@ -83,7 +83,9 @@ class SDPOConfig(SelfDistillationConfig, RewardedGroupConfig):
     solution_template: str = "\nCorrect solution:\n\n{successful_previous_attempt}\n\n"
     """What {solution} is, of the completion {successful_previous_attempt}."""
 
-    feedback_template: str = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}\n\n"
+    feedback_template: str = (
+        "\nThe following is feedback from your unsuccessful earlier attempt:\n\n{feedback_raw}\n\n"
+    )
     """What {feedback} is, of the text {feedback_raw}."""
 
     # The policy's loss.
@@ -112,8 +114,8 @@ class SDPOConfig(SelfDistillationConfig, RewardedGroupConfig):
             logger.warning(f"beta={self.beta} has no effect: SDPO's loss has no KL term, in TRL neither.")
         if self.importance_sampling_level == "sequence" and self.loss_type != "grpo" and self.distillation_weight < 1:
             logger.warning(
-                f"loss_type={self.loss_type!r} with importance_sampling_level='sequence': the loss sums over tokens, so "
-                "a completion counts by its length; GSPO (arXiv 2507.18071) is loss_type='grpo'."
+                f"loss_type={self.loss_type!r} with importance_sampling_level='sequence': the loss sums over tokens, "
+                "so a completion counts by its length; GSPO (arXiv 2507.18071) is loss_type='grpo'."
             )
 
     def check_values(self) -> None:
@@ -148,6 +150,6 @@ def _check_template(name: str, template: str, known: tuple[str, ...]) -> None:
     except (KeyError, IndexError, ValueError) as error:
         places = " and ".join(f"{{{each}}}" for each in known)
         raise ValueError(
-            f"{name}={template!r} cannot be filled in ({type(error).__name__}: {error}); it may use {places}, and other "
-            "braces are written twice"
+            f"{name}={template!r} cannot be filled in ({type(error).__name__}: {error}); it may use {places}, and "
+            "other braces are written twice"
         ) from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,7 +59,7 @@ def sdpo_update(
 
 
 def sdpo_step(
-    model: Callable[..., Any],
+    model: torch.nn.Module,
     teacher: Teacher,
     update: SDPOUpdate,
     settings: SelfDistillationSettings,
