@@ -79,6 +79,7 @@ PREPARES = {
     "sdft": lambda rows, tokenizer: prepare_teacher_prompts(
         prepare_prompt_dataset(rows, tokenizer), tokenizer, template="{prompt} {privileged_context}"
     ),
+    "sdpo": prepare_prompt_dataset,
     "ppo": lambda rows, tokenizer: (
         rows if "input_ids" in rows.column_names else prepare_prompt_dataset(rows, tokenizer)
     ),

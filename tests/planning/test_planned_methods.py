@@ -72,6 +72,7 @@ def test_every_method_can_be_planned():
         ("sdft", {}, [PROMPTS_STAGE, GENERATION_STAGE, TEACHER_STAGE]),
         ("sdft", {"lora_r": 4, "distillation_mode": "full_logits"}, [PROMPTS_STAGE, GENERATION_STAGE, TEACHER_STAGE]),
         ("sdft", {"teacher_model_kind": "live", "num_iterations": 2, "generates": False}, [OLD_STAGE, TEACHER_STAGE]),
+        ("sdpo", {"distillation_mode": "sampled_token"}, [PROMPTS_STAGE, GENERATION_STAGE, TEACHER_STAGE]),
         ("ppo", {}, [PROMPTS_STAGE, GENERATION_STAGE, OLD_STAGE, REFERENCE_STAGE, VALUES_STAGE]),
     ],
     ids=str,

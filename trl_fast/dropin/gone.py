@@ -29,10 +29,6 @@ _ADAPTER = (
     "it makes GRPOTrainer's dataset, environment_factory and reward_funcs of the package {0}'s tasks, and reads "
     "nothing of TRL's trainers; import it from TRL itself, and GRPOTrainer from trl_fast, in a script run by python"
 )
-_SELF_TEACHER = (
-    "its teacher is the policy itself after another prompt than the student's, which {0}; trl_fast's "
-    "DistillationTrainer reads student and teacher on one row. Run the script with TRL itself, or {1}"
-)
 _ASYNCHRONOUS = (
     "it samples from a vLLM server while it trains, with the weights of earlier steps{0}; trl_fast samples between "
     "updates: use {1} with use_vllm=True"
@@ -50,7 +46,6 @@ _EXPERIMENTS = {
     "merge_model_callback": "it hands checkpoints to the package mergekit; call mergekit on the folder that "
     "save_model wrote, or in the on_save of a callback of your own",
     "openreward": _ADAPTER.format("openreward"),
-    "sdpo": _SELF_TEACHER.format("shows it a rewarded answer or feedback", "train on the rewards by GRPOTrainer"),
     "server_distillation": "its teacher is a vLLM server that tells the log-probabilities of a few tokens at each "
     "place; DistillationTrainer has its teacher beside the student, and trl_fast.ops.linear_divergence_to_given "
     "computes the loss of given log-probabilities",

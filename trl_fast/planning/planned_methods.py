@@ -308,4 +308,5 @@ PLANNED: dict[str, PlannedMethod] = {
     "distillation": PlannedMethod(policy_micro_batch, _distillation_loss, "completion", reads_images=True),
     "gkd": PlannedMethod(policy_micro_batch, _distillation_loss, "completion", reads_images=True),
     "sdft": PlannedMethod(policy_micro_batch, _self_taught_loss, "completion"),
+    "sdpo": PlannedMethod(policy_micro_batch, _self_taught_loss, "completion"),
 }

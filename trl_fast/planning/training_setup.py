@@ -26,7 +26,7 @@ _COMPLETIONS_OF_A_ROW = {"dpo": 2, "reward": 2, "orpo": 2, "cpo": 2, "tpo": 3}
 # Methods of a second model that is never the trained one without an adapter.
 TEACHER_METHODS = ("distillation", "gkd")
 # Methods whose model is its own teacher.
-SELF_TAUGHT_METHODS = ("sdft",)
+SELF_TAUGHT_METHODS = ("sdft", "sdpo")
 # Methods that sample several completions of a prompt, for several micro-batches.
 SAMPLING_TOGETHER = (*GROUP_METHODS, *TEACHER_METHODS, *SELF_TAUGHT_METHODS)
 ONLINE_METHODS = (*SAMPLING_TOGETHER, "ppo", "online_dpo", "a2po")
@@ -70,7 +70,7 @@ class TrainingSetup:
     - `steps_per_generation`: None takes the accumulation steps (grpo, rloo, distillation).
     - `teacher`: of distillation; None: one as large as the student. `lmbda`, `seq_kd`: the share of micro-batches that
       the student samples, and whether the teacher samples the others.
-    - `teacher_model_kind`, `distillation_mode`, `distillation_topk`: sdft's.
+    - `teacher_model_kind`, `distillation_mode`, `distillation_topk`: sdft's and sdpo's.
     - `num_mini_batches`, `local_rollout_forward_batch_size`: ppo's.
     - `generates`: False where another process samples (vLLM).
     - `fused_head`: False takes the slow path of `modeling.scoring`, with the model's own logits.

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
     from .rloo_config import RLOOConfig as RLOOConfig
     from .self_distillation.sdft import SDFTTrainer as SDFTTrainer
     from .self_distillation.sdft_config import SDFTConfig as SDFTConfig
+    from .self_distillation.sdpo import SDPOTrainer as SDPOTrainer
+    from .self_distillation.sdpo_config import SDPOConfig as SDPOConfig
     from .sft import SFTTrainer as SFTTrainer
     from .sft_config import SFTConfig as SFTConfig
     from .tpo import TPOTrainer as TPOTrainer

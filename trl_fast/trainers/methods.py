@@ -221,6 +221,16 @@ _METHODS = (
         trl_packages=("trl.experimental.sdft",),
         has_trl_script=False,
     ),
+    Method(
+        name="sdpo",
+        config="trl_fast.trainers.self_distillation.sdpo_config:SDPOConfig",
+        trainer="trl_fast.trainers.self_distillation.sdpo:SDPOTrainer",
+        step="trl_fast.trainers.self_distillation.step:self_distillation_step",
+        help="the same after it has seen a rewarded completion, or feedback",
+        reward_argument="reward_funcs",
+        trl_packages=("trl.experimental.sdpo",),
+        has_trl_script=False,
+    ),
 )
 
 # By name, in the order in which they are shown.

@@ -2,12 +2,12 @@
 
 import pytest
 import trl.experimental.sdpo as trl_sdpo
-from datasets import Dataset
 from peft import LoraConfig
 
 import trl_fast
+from support.rewarded_prompts import chats_with_feedback, prompts_with_feedback, short, third
 from support.rollouts import FixedEngine, FixedRollout
-from support.training import assert_same_logs, made_once, make_trainer
+from support.training import assert_same_logs, make_trainer
 
 pytestmark = pytest.mark.usefixtures("unnamed_datasets")
 
@@ -19,39 +19,6 @@ BASE = {
     "teacher_update_rate": 0.3,
 }
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
-
-
-@made_once
-def prompts_with_feedback(count=12):
-    """Plain prompts, some with a text for the teacher, and a number for the reward."""
-    return Dataset.from_list(
-        [
-            {
-                "prompt": "What color is " + "very " * (i % 3) + f"{i}?",
-                "privileged_context": None if i % 3 == 1 else " " if i % 3 == 2 else f"It is not {i}.",
-                "shade": i,
-            }
-            for i in range(count)
-        ]
-    )
-
-
-@made_once
-def chats_with_feedback(count=12):
-    """The same as messages."""
-    system = {"role": "system", "content": "Be brief."}
-    rows = prompts_with_feedback(count)
-    return Dataset.from_list([{**row, "prompt": [system, {"role": "user", "content": row["prompt"]}]} for row in rows])
-
-
-def short(completion_ids, shade, **_):
-    """1 for a completion of few tokens, more or fewer for each prompt; for some prompts there is none."""
-    return [float(len(ids) < 3 + value % 4) for ids, value in zip(completion_ids, shade, strict=True)]
-
-
-def third(completion_ids, **_):
-    """A little more for completions of some tokens; nothing is said of others."""
-    return [None if ids[0] % 5 == 0 else (ids[0] % 3) / 3 for ids in completion_ids]
 
 
 def logs_of(module, folder, arguments, settings, evaluates):

@@ -130,7 +130,10 @@ class GroupTrainer(OnlineTrainer):
         model, layout = self._set_up_policy(model, args, peft_config, train_dataset)
         self.rollout_func, self.sampling = rollout_func, Sampling(self)
         self.trl_hooks = TRLHooks(self, returns_more=self.has_tools)
-        self.generation, self.slicer = GenerationBuffer(args), Slicer(shuffles=self.shuffles_completions)
+        self.generation, self.slicer = (
+            GenerationBuffer(args, self.samples_class),
+            Slicer(shuffles=self.shuffles_completions),
+        )
         self.start(
             model=model,
             args=args,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import sys
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 
 from trl_fast.data.teacher_prompts import PRIVILEGED_CONTEXT
+from trl_fast.modeling.loading import base_model
 
 from ..online.prompt_tokens import prompt_tokens
 from .contexts import choose_contexts, context_metrics, is_feedback, teacher_prompt
@@ -28,7 +30,7 @@ class Reprompter:
 
     def __init__(self, trainer: Any, diagnostics: Diagnostics) -> None:
         self._trainer, self._diagnostics = trainer, diagnostics
-        self._says_ignored = True
+        self._said: set[str] = set()
 
     def add_prompts(self, samples: TaughtSamples, rows: list[dict[str, Any]], rewards: torch.Tensor) -> None:
         """Adds the teacher's prompts to this process's samples, and records how many of them tell it something.
@@ -80,17 +82,31 @@ class Reprompter:
             if prompt not in distinct:
                 distinct.append(prompt)
         keywords = [args.chat_template_kwargs or {}] * len(distinct)
-        found = prompt_tokens(distinct, keywords, self._trainer.tokenizer, longest=args.max_reprompt_len)
+        found = self._cut(prompt_tokens(distinct, keywords, self._trainer.tokenizer))
         return [found[distinct.index(prompt)] for prompt in prompts]
 
+    def _cut(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Returns the last tokens of prompts: as many as are asked for, and as the model has positions for."""
+        args = self._trainer.args
+        config = base_model(self._trainer.accelerator.unwrap_model(self._trainer.model)).config.get_text_config()
+        positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        longest = min(args.max_reprompt_len, positions - args.max_completion_length)
+        if longest < args.max_reprompt_len and any(len(ids) > longest for ids in prompts):
+            self._say_once(
+                f"A prompt of the teacher is, with max_completion_length={args.max_completion_length}, longer than "
+                f"the model's {positions} positions; it loses its beginning, as with max_reprompt_len={longest}."
+            )
+        return [ids[-longest:] for ids in prompts]
+
     def _say_ignored(self, feedbacks: list) -> None:
-        """Says once that feedback is there and not shown."""
-        trainer = self._trainer
-        if trainer.args.include_environment_feedback or not (self._says_ignored and any(map(is_feedback, feedbacks))):
-            return
-        self._says_ignored = False
-        if trainer.accelerator.is_main_process:
-            logger.warning(
+        """Says that feedback is there and not shown."""
+        if not self._trainer.args.include_environment_feedback and any(map(is_feedback, feedbacks)):
+            self._say_once(
                 f"The dataset's column {PRIVILEGED_CONTEXT!r} has texts, which the teacher is not shown; set "
                 "include_environment_feedback=True to show them."
             )
+
+    def _say_once(self, message: str) -> None:
+        if message not in self._said and self._trainer.accelerator.is_main_process:
+            logger.warning(message)
+        self._said.add(message)

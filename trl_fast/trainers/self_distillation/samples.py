@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from trl_fast.data import TokenBatch
 from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.losses.self_distillation import mean_weights
 from trl_fast.rollout.samples import Samples
@@ -48,16 +49,23 @@ class TaughtSamples(Samples):
 
 
 def taught_update(
-    maker: UpdateMaker, samples: TaughtSamples, kept: Iterable[int], *, loss_divisor: int, skipped_tokens: int = 0
+    maker: UpdateMaker,
+    samples: TaughtSamples,
+    kept: Iterable[int],
+    *,
+    loss_divisor: int,
+    skipped_tokens: int = 0,
+    batch: TokenBatch | None = None,
 ) -> SelfDistillationUpdate:
     """Returns the update of the completions `kept` of a micro-batch, in the order of `by_beginning`.
 
     The loss is the mean over all completions of their means over tokens.
 
-    loss_divisor: accumulation steps that the loss is divided by; skipped_tokens: first tokens that do not count.
+    loss_divisor: accumulation steps that the loss is divided by; skipped_tokens: first tokens that do not count;
+    batch: these completions after the student's prompts, where it is there already.
     """
     part = samples.select(samples.by_beginning(kept))
-    batch, device = maker.token_batch(part), maker.device
+    batch, device = batch or maker.token_batch(part), maker.device
     mask, old = part.flat("mask"), part.flat("old_logprobs")
     counts = (batch.offset >= skipped_tokens).float()
     counts = counts * copy_to_device(part.learned.float(), device)[batch.branch]

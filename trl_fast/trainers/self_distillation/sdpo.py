@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from ..distillation.teacher import check_sharded_head
 from ..online.group_trainer import GroupTrainer
 from .contexts import last_user_text
 from .diagnostics import Diagnostics, reward_diagnostics
-from .events import call_event, tell_of_batch
+from .events import call_event, tell_of_batch, tell_of_contexts
 from .model_checks import check_topk
 from .reprompts import Reprompter
 from .samples import TaughtSamples
@@ -140,6 +141,7 @@ class SDPOTrainer(GroupTrainer):
     def add_contexts(self, samples: Any, rows: list[dict[str, Any]], rewards: torch.Tensor) -> None:
         """Adds the teacher's prompts, which tell it of successful completions and of feedback."""
         self.reprompter.add_prompts(samples, rows, rewards)
+        tell_of_contexts(self, samples)
 
     def add_logprobs(self, samples: Any) -> None:
         """Adds log-probabilities of the policy that sampled, where the update's is another and the loss reads them."""
@@ -156,17 +158,21 @@ class SDPOTrainer(GroupTrainer):
 
     def _prepare_inputs(self, rows: Any) -> Any:
         """Returns a micro-batch, `SDPOUpdate`; where it is time, of new completions of `rows`."""
-        method: Any = self
-        if not self.model.training or self.generation.is_used_up:
-            self.trl_hooks.attach(self.loop)
         if not self.model.training:
-            return self.loop.run(rows, method, update=self._update)
+            return self._run(rows, self._update)
         if self.generation.is_used_up:
-            slices = self.loop.run(rows, method, update=lambda samples: map(samples.select, self.slices(samples)))
-            self.generation.slices = list(slices)
+            self.generation.slices = self._run(rows, lambda found: [*map(found.select, self.slices(found))])
             names = ("generate_every", "steps_per_generation")
             call_event(self, "on_generation_batch_built", lambda: {name: getattr(self.args, name) for name in names})
         return self._update(self.generation.current)
+
+    def _run(self, rows: Any, update: Callable[[Any], Any]) -> Any:
+        """Runs the loop on new completions of `rows`, and returns what `update` makes of them."""
+        method: Any = self
+        self.trl_hooks.attach(self.loop)
+        told = {"generation_prompts": [row["prompt"] for row in rows], "generation_prompt_text": None}
+        call_event(self, "on_generation_prompts_selected", lambda: told)
+        return self.loop.run(rows, method, update=update)
 
     # ---- the update
 

@@ -53,7 +53,8 @@ def sdpo_update(
     if distillation_weight < 1:
         policy = maker.update(samples, list(kept), weights * (1 - distillation_weight))
     if distillation_weight > 0:
-        taught = taught_update(maker, samples, kept, loss_divisor=loss_divisor)
+        batch = None if policy is None else policy.batch
+        taught = taught_update(maker, samples, kept, loss_divisor=loss_divisor, batch=batch)
         taught = replace(taught, weights=taught.weights * distillation_weight)
     return SDPOUpdate(taught, policy)
 

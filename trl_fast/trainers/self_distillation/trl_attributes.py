@@ -26,6 +26,12 @@ SDFT_ATTRIBUTES = {
     **{name: argument(name) for name in ("num_loss_tokens_to_skip", "generate_from_teacher")},
 }
 
+SDPO_ATTRIBUTES = {
+    **SELF_DISTILLATION_ATTRIBUTES,
+    **{name: argument(name) for name in ("loss_type", "importance_sampling_level", "scale_rewards")},
+    "beta": TRLAttribute("args.beta", fixed="the loss has no KL term"),
+}
+
 _OTHER_COMPLETIONS = "give a rollout_engine instead"
 _OTHER_LOSS = "override _compute_loss() instead"
 # Methods of TRL's trainers that nothing here calls, and what to do instead.
@@ -45,4 +51,15 @@ UNCALLED_HOOKS = {
     "_compute_rollout_logps": "override policy_logprobs() instead",
     "_setup_teacher_model": "give teacher_model_kind to the config",
     "_get_teacher_context_for_self_distillation": "give teacher_model_kind to the config",
+}
+_OTHER_CONTEXTS = "override add_contexts() instead, which gives the samples teacher_prompt_ids"
+SDPO_UNCALLED_HOOKS = {
+    **UNCALLED_HOOKS,
+    "_prepare_training_batch": "override make_samples() or compute_advantages() instead",
+    "_compute_policy_loss": _OTHER_LOSS,
+    "_tokenize_prompts_untruncated": _OTHER_CONTEXTS,
+    **dict.fromkeys(
+        ("_record_reward_diagnostics", "_record_completion_metrics", "_warn_on_inactive_self_distillation"),
+        "override compute_advantages() instead",
+    ),
 }
