@@ -38,6 +38,7 @@ from trl_fast.trainers.dpo import preference_loss_inputs
 from trl_fast.trainers.kto import sequence_logprobs
 from trl_fast.trainers.methods import METHODS
 from trl_fast.trainers.self_distillation.arguments import SAMPLED_TOKEN
+from trl_fast.trainers.self_distillation.sdpo_update import SDPOUpdate
 from trl_fast.trainers.self_distillation.step import SelfDistillationSettings, SelfDistillationUpdate
 
 from .device_batches import on_device
@@ -275,8 +276,12 @@ def _self_taught_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, 
     settings = SelfDistillationSettings(setup.distillation_mode, alpha, topk, is_clip=2.0)
     taught = SelfDistillationUpdate(update.batch, update.batch, ones, ones, update.loss_inputs.old_logprobs)
     enter(TEACHER_STAGE)
-    policy = _under_autocast(setup, models.policy)
-    return _step(setup)(policy, _SelfTeacher(setup, models), taught, settings, head=setup.head_options).loss
+    policy, teacher = _under_autocast(setup, models.policy), _SelfTeacher(setup, models)
+    if setup.method == "sdpo":
+        # With the default weight, without the policy's loss.
+        given = (policy, teacher, SDPOUpdate(taught, None), settings, PolicyLossConfig())
+        return _step(setup)(*given, policy_share=0.0, head=setup.head_options).loss
+    return _step(setup)(policy, teacher, taught, settings, head=setup.head_options).loss
 
 
 def policy_loss_config(setup: TrainingSetup) -> PolicyLossConfig:

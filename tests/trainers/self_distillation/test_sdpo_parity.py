@@ -104,7 +104,8 @@ CONTEXTS = {
     "feedback only": {"include_environment_feedback": True, "use_successful_as_teacher": False},
     "its own success": {"dont_reprompt_on_self_success": False},
     "low threshold": {"success_reward_threshold": 0.3, "rewards": (third, short), "reward_weights": [0.5, 0.4]},
-    "cut prompts": {"max_reprompt_len": 20, "max_prompt_length": 6},
+    # Small steps, so that rounding does not add up.
+    "cut prompts": {"max_reprompt_len": 20, "max_prompt_length": 6, "learning_rate": 1e-3},
     "templates": {
         "rows": chats_with_feedback,
         "include_environment_feedback": True,
