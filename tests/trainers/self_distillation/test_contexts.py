@@ -1,4 +1,4 @@
-"""What SDPO's teacher is told: of which completion, of which feedback, in which words."""
+"""The contexts of SDPO's teacher: which completion and which feedback it is told of, and in which words."""
 
 from dataclasses import dataclass
 

@@ -88,7 +88,8 @@ ADAPTERS = {
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters(name, refused):
     peft_config, kind, message = ADAPTERS[name]
-    refused(message, settings={"teacher_model_kind": kind, "num_generations": 4, "max_completion_length": 8}, peft_config=peft_config)
+    settings = {"teacher_model_kind": kind, "num_generations": 4, "max_completion_length": 8}
+    refused(message, settings=settings, peft_config=peft_config)
 
 
 def test_methods_that_are_never_called(model_path, tmp_path):

@@ -237,7 +237,10 @@ class OnlineTrainer(BaseTrainer):
         raise NotImplementedError
 
     def add_contexts(self, samples: Samples, rows: list[dict[str, Any]], rewards: torch.Tensor) -> None:
-        """Adds what the loss reads of the rows, and of how other completions fared, as in `OnlineMethod`."""
+        """Adds what the loss reads of the rows, and of how other completions fared, as in `OnlineMethod`.
+
+        rewards: (N,) float32, of all processes' completions.
+        """
 
     def deal(self, samples: Samples) -> Samples:
         """Returns the completions that this process trains on, of those that it has sampled."""

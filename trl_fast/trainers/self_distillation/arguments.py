@@ -66,7 +66,7 @@ class SelfDistillationConfig(GroupConfig):
     """Which divergence: 0 is forward KL, 1 reverse KL, between them lies the generalised Jensen-Shannon one."""
 
     distillation_topk: int | None = None
-    """topk_logits: compare so many of the model's likeliest tokens."""
+    """topk_logits: compare so many of the model's likeliest tokens. None: there is no such number for other modes."""
 
     distillation_add_tail: bool = False
     """topk_logits: compare all other tokens too, as one. False: the distributions among the likeliest."""

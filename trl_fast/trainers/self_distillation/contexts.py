@@ -81,7 +81,10 @@ def choose_contexts(
 def context_metrics(
     contexts: Sequence[Context], rewards: torch.Tensor, feedbacks: Sequence[Any], group: int, threshold: float
 ) -> dict[str, float]:
-    """Computes the shares of N completions that have a teacher, and of what it is told; arguments as above."""
+    """Computes the shares of N completions that have a teacher, and of what it is told.
+
+    rewards: (N,) float32; the others are as above.
+    """
     count = len(contexts)
     has_success = (rewards >= threshold).view(-1, group).any(dim=1)
     shares = {

@@ -139,7 +139,10 @@ class SDPOTrainer(GroupTrainer):
         return group_advantages(rewards, weights.to(rewards.device), self.group_size, scale_rewards=args.scale_rewards)
 
     def add_contexts(self, samples: Any, rows: list[dict[str, Any]], rewards: torch.Tensor) -> None:
-        """Adds the teacher's prompts, which tell it of successful completions and of feedback."""
+        """Adds the teacher's prompts, which tell it of successful completions and of feedback.
+
+        rewards: (N,) float32, of all processes' completions.
+        """
         self.reprompter.add_prompts(samples, rows, rewards)
         tell_of_contexts(self, samples)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from trl_fast.settings.choices import check_choice, one_of
 
 from ..online.group_config import SCALES, RewardedGroupConfig, scale_name
-from .arguments import EMA, MODES, SAMPLED_TOKEN, TEACHER_KINDS, SelfDistillationConfig
+from .arguments import MODES, TEACHER_KINDS, SelfDistillationConfig
 
 if TYPE_CHECKING:
     from trl_fast.losses.policy_gradient import PolicyLossConfig
@@ -46,13 +46,13 @@ class SDPOConfig(SelfDistillationConfig, RewardedGroupConfig):
     distillation_weight: float = 1.0
     """Weight of the teacher's loss, and one less this of the policy's: 1 learns from the teacher only, 0 as GRPO."""
 
-    distillation_mode: str = one_of(MODES, default=SAMPLED_TOKEN)
+    distillation_mode: str = one_of(MODES, default="sampled_token")
     """What is compared: sampled_token (the completion's own tokens), full_logits or topk_logits."""
 
     distillation_alpha: float = 1.0
     """Which divergence: 0 is forward KL, 1 reverse KL, between them lies the generalised Jensen-Shannon one."""
 
-    teacher_model_kind: str = one_of(TEACHER_KINDS, default=EMA)
+    teacher_model_kind: str = one_of(TEACHER_KINDS, default="ema")
     """Teacher: the model as it is (live), as it was at the beginning (base), or averaged over its steps (ema)."""
 
     # What the teacher is told.
