@@ -64,6 +64,7 @@ CPU_SOURCES = (
     "attention_plan",
     "memory_pool",
     "product_bindings",
+    "tensor_heap",
 )
 ISA_FLAGS = {
     "DEFAULT": [],

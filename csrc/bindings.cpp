@@ -7,6 +7,7 @@
 #include "cpu/layer_kernels.h"
 #include "cpu/memory_pool.h"
 #include "cpu/row_kernels.h"
+#include "cpu/tensor_heap.h"
 #include "cuda/tile_scores.h"
 #include "loss_formulas.h"
 #include "packed_logits.h"
@@ -126,10 +127,13 @@ TORCH_LIBRARY_FRAGMENT(trl_fast, m) {
 }  // namespace trl_fast
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  trl_fast::let_pool_give_way();
+  trl_fast::install_cpu_allocator();
   m.def("build_info", &trl_fast::build_info, "Returns how the extension was built and the instruction set it runs.");
   m.def("shared_constants", &trl_fast::shared_constants, "Returns the constants that Python has too, by name.");
   m.def("loss_formulas", &trl_fast::loss_formulas, "Returns the loss formulas' numbers, by op and by name.");
   m.def("pool_free_bytes", &trl_fast::pool_free_bytes, "Returns the bytes of the memory pool's free blocks.");
   m.def("release_pool", &trl_fast::release_pool, "Frees the memory pool's free blocks; returns their bytes.");
+  m.def("keep_freed", &trl_fast::keep_freed,
+        "Makes large CPU tensors in the tensor heap from now on; returns whether it can.");
+  m.def("give_back_freed", &trl_fast::give_back_freed, "Ends what keep_freed began.");
 }

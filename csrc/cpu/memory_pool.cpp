@@ -12,6 +12,8 @@
 #include <mutex>
 #include <system_error>
 #include <vector>
+
+#include "tensor_heap.h"
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -179,17 +181,23 @@ void MemoryPool::deleter(void* context) {
   delete block;
 }
 
-// The process's CPU allocator, before whose failure the pool gives its free blocks back. Where address space is
-// limited (RLIMIT_AS, overcommit mode 2) the system cannot take them: MADV_FREE gives up pages, not addresses.
-class GivingWay final : public c10::Allocator {
+// The process's CPU allocator. While a trainer keeps what it frees, large tensors come from the tensor heap; and
+// before an allocation fails, the pool gives its free blocks back. Where address space is limited (RLIMIT_AS,
+// overcommit mode 2) the system cannot take them: MADV_FREE gives up pages, not addresses.
+class CPUAllocator final : public c10::Allocator {
  public:
-  explicit GivingWay(c10::Allocator* inner) : inner_(inner) {}
+  explicit CPUAllocator(c10::Allocator* inner) : inner_(inner) { free_others = inner->raw_deleter(); }
 
   c10::DataPtr allocate(std::size_t bytes) override {
+    if (void* const data = take_kept(bytes)) {
+      c10::profiledCPUMemoryReporter().New(data, bytes);
+      return {data, data, &free_any, c10::Device(c10::kCPU)};
+    }
     std::size_t held = 0;
     try {
       return inner_->allocate(bytes);
     } catch (const std::exception&) {
+      release_freed();
       held = release_pool();
       if (!held) throw;
     }
@@ -199,11 +207,18 @@ class GivingWay final : public c10::Allocator {
 
   bool is_simple_data_ptr(const c10::DataPtr& data) const override { return inner_->is_simple_data_ptr(data); }
 
-  c10::DeleterFnPtr raw_deleter() const override { return inner_->raw_deleter(); }
+  c10::DeleterFnPtr raw_deleter() const override { return &free_any; }
 
   void copy_data(void* to, const void* from, std::size_t bytes) const override { inner_->copy_data(to, from, bytes); }
 
  private:
+  static void free_any(void* data) {
+    if (!is_kept(data)) return free_others(data);
+    c10::profiledCPUMemoryReporter().Delete(data);
+    free_kept(data);
+  }
+
+  static inline c10::DeleterFnPtr free_others = nullptr;
   c10::Allocator* const inner_;
 };
 
@@ -211,8 +226,8 @@ class GivingWay final : public c10::Allocator {
 
 c10::Allocator* memory_pool() { return &pool(); }
 
-void let_pool_give_way() {
-  static GivingWay* const allocator = new GivingWay(c10::GetCPUAllocator());  // never destroyed, as the pool
+void install_cpu_allocator() {
+  static CPUAllocator* const allocator = new CPUAllocator(c10::GetCPUAllocator());  // never destroyed, as the pool
   c10::SetCPUAllocator(allocator);
 }
 

@@ -1,8 +1,11 @@
-"""Freed memory stays in the heap while a trainer trains on a CPU, and is given back afterwards."""
+"""Freed memory stays in the process while a trainer trains on a CPU, and is given back afterwards."""
 
+import gc
 import os
+import random
 import resource
 import sys
+import threading
 from pathlib import Path
 from unittest.mock import patch
 
@@ -48,8 +51,11 @@ def a_second_step() -> None:
     usual = faults()
     before = resident_mib()
     with freed_memory_kept(CPU):
+        step()
+        lasting = [bytes(1000 + 10 * i) for i in range(1000)]
         assert faults() < 20 < usual
-        assert resident_mib() > before + sum(SIZES_MIB) / 2
+        assert before + sum(SIZES_MIB) / 2 < resident_mib() < before + sum(SIZES_MIB) * 1.1
+        assert len(lasting) == 1000
     assert resident_mib() < before + sum(SIZES_MIB) / 2
     assert faults() > 20
 
@@ -74,6 +80,87 @@ def nothing_kept() -> None:
         with patch.dict(os.environ, choice), freed_memory_kept(torch.device(device)):
             step()
             assert resident_mib() < before + sum(SIZES_MIB) / 2, (device, choice)
+
+
+def places(sizes: list[int], order: list[int]) -> list[int]:
+    """Makes tensors of so many bytes, and frees them in an order; returns where they were."""
+    tensors: list = [torch.empty(size, dtype=torch.uint8) for size in sizes]
+    found = [tensor.data_ptr() for tensor in tensors]
+    for index in order:
+        tensors[index] = None
+    return found
+
+
+def the_same_places() -> None:
+    draw = random.Random(0)
+    sizes = [draw.randrange(MIB, 9 * MIB) for _ in range(60)]
+    order = draw.sample(range(60), 60)
+    with freed_memory_kept(CPU):
+        first = places(sizes, order)
+        assert len({place % 4096 for place in first}) > 20, "tensors begin at the same place of a page"
+        assert all(place % 64 == 0 for place in first)
+        assert places(sizes, order) == first
+        # All holes have become one.
+        begin, end = min(first), max(place + size for place, size in zip(first, sizes, strict=True))
+        assert torch.empty(end - begin, dtype=torch.uint8).data_ptr() == begin
+
+
+def whole_numbers() -> None:
+    """Tensors of all sizes, freed in any order and by several threads, keep their numbers."""
+
+    def work(seed: int) -> None:
+        draw, kept = random.Random(seed), []
+        for i in range(300):
+            value = draw.randrange(256)
+            kept.append((value, torch.full((draw.randrange(1, 3 * MIB),), value, dtype=torch.uint8)))
+            if len(kept) > 12:
+                value, tensor = kept.pop(draw.randrange(len(kept)))
+                wrong.extend([i] if not bool((tensor == value).all()) else [])
+        left.extend(kept)
+
+    wrong, left = [], []
+    with freed_memory_kept(CPU):
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    # What is in use when the context ends stays as it is; what is freed after it goes at once.
+    assert not wrong and len(left) == 36 and all(bool((tensor == value).all()) for value, tensor in left)
+    large = torch.ones(50 * MIB, dtype=torch.uint8)
+    with freed_memory_kept(CPU):
+        kept = torch.ones(50 * MIB, dtype=torch.uint8)
+    before = resident_mib()
+    del kept, large
+    gc.collect()
+    assert resident_mib() < before - 80
+
+
+def ordinary_tensors() -> None:
+    with freed_memory_kept(CPU):
+        tensor = torch.arange(2 * MIB, dtype=torch.float32)
+        assert tensor.clone().resize_(3 * MIB)[: 2 * MIB].equal(tensor)
+        assert torch.from_numpy(tensor.numpy()).equal(tensor)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if torch.arange(2 * MIB, dtype=torch.float32).equal(tensor) else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert tensor.share_memory_().is_shared()
+        with freed_memory_kept(CPU):
+            step()
+        assert faults() < 20, "the outer context has ended"
+
+
+def no_addresses() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (8 << 30, resource.RLIM_INFINITY))
+    with freed_memory_kept(CPU):
+        step()
+        assert torch.ones(2 * MIB).sum() == 2 * MIB
+
+
+@pytest.mark.parametrize("case", ["the_same_places", "whole_numbers", "ordinary_tensors", "no_addresses"])
+def test_large_tensors_come_from_a_heap_of_their_own(no_choices, case):
+    fresh(__name__, case)
 
 
 def test_a_second_step_meets_no_fresh_pages_and_the_end_gives_all_back(no_choices):

@@ -1,8 +1,9 @@
-"""Has the C library keep the memory of freed tensors from one training step to the next.
+"""Keeps the memory of freed tensors from one training step to the next.
 
 A step on a CPU frees gigabytes of activations and takes as much again in the next. glibc gives large blocks back to
 the system, and the system clears each page before it hands it out anew: 130,000 pages a step of SmolLM2-135M on 1200
-tokens, against 100 where the heap keeps them. The peak is the same; between steps the heap stays as large.
+tokens. Large tensors therefore come from a heap of their own (csrc/cpu/tensor_heap.h), and glibc keeps the rest: small
+tensors, and what libraries take for themselves. Between steps a process stays as large as it was within.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 
+from .backends import load_extension
+
 # mallopt's parameters (malloc.h), and glibc's values for them: of both thresholds the most that it raises them to.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
 _USUAL = {_TRIM_THRESHOLD: 64 << 20, _MMAP_THRESHOLD: 32 << 20, _MMAP_MAX: 65536}
@@ -26,13 +29,49 @@ _CHOICES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_
 
 @contextmanager
 def freed_memory_kept(device: torch.device) -> Iterator[None]:
-    """Keeps freed memory in the heap of the process within the context, and gives it to the system at its end.
+    """Keeps freed memory in the process within the context, and gives it to the system at its end.
 
-    Nothing is done where `device`, that of the training, is no CPU; where the C library is not glibc; with
-    TRL_FAST_HELD_BYTES=0; or where the environment chooses how glibc keeps memory. By itself, glibc raises its
-    thresholds with the blocks that a process frees; after a context they are as high as they would become.
+    Nothing is done where `device`, that of the training, is no CPU, with TRL_FAST_HELD_BYTES=0, or where the
+    environment chooses how glibc keeps memory.
     """
-    library = _glibc() if device.type == "cpu" and not _environment_chooses() else None
+    if device.type != "cpu" or _environment_chooses():
+        yield
+        return
+    with _large_tensors_kept(), _rest_kept():
+        yield
+
+
+def _environment_chooses() -> bool:
+    if os.environ.get("TRL_FAST_HELD_BYTES") == "0" or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
+        return True
+    return any(name in os.environ for name in _CHOICES)
+
+
+@contextmanager
+def _large_tensors_kept() -> Iterator[None]:
+    """Makes large tensors in the extension's heap; where there is no extension or no room for addresses, nowhere."""
+    if not load_extension().ok:
+        yield
+        return
+    from trl_fast import _C
+
+    if not _C.keep_freed():
+        yield
+        return
+    try:
+        yield
+    finally:
+        _C.give_back_freed()
+
+
+@contextmanager
+def _rest_kept() -> Iterator[None]:
+    """Has glibc keep what is freed to it, where it is the C library.
+
+    By itself, it raises its thresholds with the blocks that a process frees; after a context they are as high as they
+    would become.
+    """
+    library = _glibc()
     if library is None:
         yield
         return
@@ -44,12 +83,6 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
         for parameter, value in _USUAL.items():
             library.mallopt(parameter, value)
         library.malloc_trim(0)
-
-
-def _environment_chooses() -> bool:
-    if os.environ.get("TRL_FAST_HELD_BYTES") == "0" or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", ""):
-        return True
-    return any(name in os.environ for name in _CHOICES)
 
 
 @functools.cache
