@@ -156,9 +156,10 @@ def _ask(device: torch.device) -> DeviceFacts:
 
 
 def _has_own_products() -> bool:
-    """Returns whether our products are faster: with AVX2 or AVX-512, but not on Intel's CPUs, whose library ATen calls.
+    """Returns whether our products are faster: with AVX2 or AVX-512, but not on Intel's CPUs.
 
-    On others that library, MKL, takes kernels of AVX2, whatever the CPU has. TRL_FAST_OWN_PRODUCTS decides otherwise.
+    Their library, MKL, is the one that ATen calls; on others it takes kernels of AVX2, whatever the CPU has.
+    TRL_FAST_OWN_PRODUCTS decides otherwise.
 
     Raises:
         ValueError: the variable is neither 0 nor 1.
