@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -118,20 +119,24 @@ class ReadDivergence:
         Raises:
             ValueError: the teacher gave logits, or the heads are on different devices.
         """
+        self.check_states()
+        found = call_head(model, partial(self.of_head, model, num_tokens), hidden)
+        return DivergenceLoss(found.pop("loss"), DivergenceScores(**found))
+
+    def check_states(self) -> None:
+        """Checks that there are hidden states of the teacher.
+
+        Raises:
+            ValueError: it gave logits.
+        """
         if self.teacher.hidden is None:
             raise ValueError("the teacher gave logits of its own, so the student has to do the same")
 
-        def read(states: torch.Tensor, head: HeadParameters) -> dict[str, torch.Tensor]:
-            options = with_workspace(self.head, model, head, states, num_tokens)
-            return self._beside_teacher(model, states, head, options)
-
-        found = call_head(model, read, hidden)
-        return DivergenceLoss(found.pop("loss"), DivergenceScores(**found))
-
-    def _beside_teacher(
-        self, model: PreTrainedModel, states: torch.Tensor, head: HeadParameters, options: HeadOptions
+    def of_head(
+        self, model: PreTrainedModel, num_tokens: int, states: torch.Tensor, head: HeadParameters
     ) -> dict[str, torch.Tensor]:
-        """Returns the loss and the scores, by name, while the teacher's head is whole too."""
+        """Returns the loss and the scores, by name, of hidden states (N, H) and the student's head, which is whole."""
+        options = with_workspace(self.head, model, head, states, num_tokens)
         assert self.teacher.hidden is not None, "it is looked at before"
         known = head if self.teacher.has_head_of(model) else self.teacher.head
         if known is not None:

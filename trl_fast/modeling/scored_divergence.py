@@ -10,10 +10,12 @@ import torch
 from transformers import PreTrainedModel
 
 from trl_fast.ops import DivergenceLoss, TokenScores
+from trl_fast.ops.linear_divergence import DivergenceScores
 from trl_fast.ops.token_scores import required
 
 from .distillation import ReadDivergence
-from .scoring import ScoringRequest, score_logits, score_states
+from .lm_head import HeadParameters
+from .scoring import ScoringRequest, call_head, read_head, score_logits
 
 
 class ScoredDivergence(NamedTuple):
@@ -42,9 +44,19 @@ class ReadScoredDivergence:
         Raises:
             ValueError: as in `ReadDivergence`.
         """
-        with self._gradients():
-            tokens, loss = score_states(model, hidden, self.scoring, num_tokens)
-        return ScoredDivergence(tokens, loss, self._weighed(tokens).of_states(model, hidden, num_tokens))
+        self.divergence.check_states()
+
+        def read(states: torch.Tensor, head: HeadParameters) -> dict[str, torch.Tensor]:
+            with self._gradients():
+                scored = read_head(model, self.scoring, num_tokens, states, head)
+            # While the head is whole: an engine that gathers it twice in a pass reads other weights in backward.
+            found = self._weighed(scored["logprobs"]).of_head(model, num_tokens, states, head)
+            return {**{f"token {name}": value for name, value in scored.items()}, **found}
+
+        found = call_head(model, read, hidden)
+        loss = found.pop("token loss", None)
+        tokens = TokenScores(**{name: found.pop(f"token {name}") for name in self.scoring.outputs})
+        return ScoredDivergence(tokens, loss, DivergenceLoss(found.pop("loss"), DivergenceScores(**found)))
 
     def of_logits(self, model: PreTrainedModel, logits: torch.Tensor) -> ScoredDivergence:
         """Returns the same of a student's own logits (N, V).
@@ -54,11 +66,11 @@ class ReadScoredDivergence:
         """
         with self._gradients():
             tokens, loss = score_logits(logits, self.scoring)
-        return ScoredDivergence(tokens, loss, self._weighed(tokens).of_logits(model, logits))
+        return ScoredDivergence(tokens, loss, self._weighed(required(tokens.logprobs)).of_logits(model, logits))
 
     def _gradients(self) -> torch.set_grad_enabled:
         """Returns a context without gradients where there is no loss of the scores."""
         return torch.set_grad_enabled(torch.is_grad_enabled() and self.scoring.token_loss is not None)
 
-    def _weighed(self, tokens: TokenScores) -> ReadDivergence:
-        return replace(self.divergence, weights=self.weights(required(tokens.logprobs)))
+    def _weighed(self, logprobs: torch.Tensor) -> ReadDivergence:
+        return replace(self.divergence, weights=self.weights(logprobs))

@@ -178,7 +178,7 @@ def _read(
     """Returns what is asked of the hidden states (N, H) at the scored positions."""
     if scoring.reading is not None:
         return ModelReading(scoring.reading.of_states(model, hidden, num_tokens))
-    tokens, loss = score_states(model, hidden, scoring, num_tokens)
+    tokens, loss = _run_head(model, hidden, scoring, num_tokens)
     return ModelScores(tokens, None, loss)
 
 
@@ -199,19 +199,19 @@ def _score_dealt(
         token_loss=dealt.token_loss(scoring.token_loss),
         group_sizes=dealt.group_sizes,
     )
-    found = score_states(model, dealt.hidden(states), own, states.shape[:-1].numel())
+    found = _run_head(model, dealt.hidden(states), own, states.shape[:-1].numel())
     tokens, loss = dealt.told_to_all(*found)
     return ModelScores(tokens, None, loss)
 
 
-def score_states(
+def _run_head(
     model: PreTrainedModel, hidden: torch.Tensor, scoring: ScoringRequest, num_tokens: int
 ) -> tuple[TokenScores, torch.Tensor | None]:
     """Returns token scores, and the loss if one is asked for, of the hidden states (N, H) at the scored positions.
 
     num_tokens: those of the batch, scored or not.
     """
-    found = call_head(model, functools.partial(_read_head, model, scoring, num_tokens), hidden)
+    found = call_head(model, functools.partial(read_head, model, scoring, num_tokens), hidden)
     loss = found.pop("loss", None)
     return TokenScores(**found), loss
 
@@ -230,7 +230,7 @@ def call_head(model: PreTrainedModel, read: ReadHead, hidden: torch.Tensor) -> d
     return call_with_whole_head(model, read, hidden)
 
 
-def _read_head(
+def read_head(
     model: PreTrainedModel,
     scoring: ScoringRequest,
     num_tokens: int,
