@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 
 from .backends import load_extension
+
+logger = logging.getLogger(__name__)
 
 # mallopt's parameters (malloc.h), and glibc's values for them: of both thresholds the most that it raises them to.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX = -1, -3, -4
@@ -56,12 +59,21 @@ def _large_tensors_kept() -> Iterator[None]:
     from trl_fast import _C
 
     if not _C.keep_freed():
+        _say_addresses_are_limited()
         yield
         return
     try:
         yield
     finally:
         _C.give_back_freed()
+
+
+@functools.cache
+def _say_addresses_are_limited() -> None:
+    logger.warning(
+        "The address space is limited (ulimit -v): freed tensors are not kept in a heap of their own, and steps may take "
+        "more memory, and take it from the system anew."
+    )
 
 
 @contextmanager
