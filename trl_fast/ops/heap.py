@@ -71,8 +71,8 @@ def _large_tensors_kept() -> Iterator[None]:
 @functools.cache
 def _say_addresses_are_limited() -> None:
     logger.warning(
-        "The address space is limited (ulimit -v): freed tensors are not kept in a heap of their own, and steps may take "
-        "more memory, and take it from the system anew."
+        "The address space is limited (ulimit -v): freed tensors are not kept in a heap of their own, and steps may "
+        "take more memory, and take it from the system anew."
     )
 
 
