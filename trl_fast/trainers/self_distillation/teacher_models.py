@@ -20,6 +20,7 @@ from trl_fast.modeling.distillation import TeacherStates, teacher_states
 from trl_fast.modeling.reference_policy import adapter_twins, copy_adapter, reference_scope
 from trl_fast.ops import TokenScores
 from trl_fast.parallel.engines import Engine, engine_of
+from trl_fast.parallel.partitions import leave_in_parts
 from trl_fast.parallel.weights import local_shard
 
 from ..base.callbacks import SyncRefModelCallback
@@ -96,6 +97,8 @@ class SelfTeacher(ReferencePolicy):
             SyncRefModelCallback.sync_target_model(student, self.model, rate)
             return
         inner = self._trainer.accelerator.unwrap_model(student)
+        # Small weights may be whole for the moment, which would not follow their parts.
+        leave_in_parts(inner)
         for own, weight in adapter_twins(inner, inner.active_adapter, TEACHER_ADAPTER):
             local_shard(weight).lerp_(local_shard(own).to(weight.dtype), rate)
 
