@@ -94,6 +94,24 @@ def test_prompts_are_computed_once_and_only_what_is_learned(make, monkeypatch):
     assert update.taught.weights.sum().item() == pytest.approx(6 / 8)
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_the_teacher_reads_only_what_it_teaches(right, make):
+    """The policy's own loss reads all completions."""
+    rewards = (
+        first_is_right if right else lambda completion_ids, **_: [float(i % 2) for i in range(len(completion_ids))]
+    )
+    threshold = 1.0 if right else 2.0
+    trainer = make(
+        rollout_engine=Alike(), reward_funcs=rewards, distillation_weight=0.5, success_reward_threshold=threshold
+    )
+    update = update_of(trainer)
+    taught = update.taught
+    assert taught.batch.branch.unique().numel() == 8
+    assert taught.teacher_batch.branch.unique().numel() == (6 if right else 1)
+    assert torch.equal(taught.batch.targets[taught.taught], taught.teacher_batch.targets)
+    assert bool(taught.weights.any()) == right and not taught.weights[taught.of_all(taught.taught + 1) == 0].any()
+
+
 def test_the_policys_loss_needs_no_teacher(make):
     trainer = make(distillation_weight=0.0, teacher_model_kind="base")
     assert trainer.reference.model is None and update_of(trainer).taught is None

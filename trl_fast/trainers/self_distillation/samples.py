@@ -71,10 +71,19 @@ def taught_update(
     counts = counts * copy_to_device(part.learned.float(), device)[batch.branch]
     if mask is not None:
         counts = counts * copy_to_device(mask, device)
+    told = _of_teacher(part)
+    taught = None if len(told) == len(part) else torch.isin(batch.branch, copy_to_device(torch.tensor(told), device))
     return SelfDistillationUpdate(
         batch=batch,
-        teacher_batch=maker.token_batch(part.of_teacher()),
+        teacher_batch=maker.token_batch(part.select(told).of_teacher()),
+        taught=None if taught is None else taught.nonzero().squeeze(1),
         counts=counts,
         weights=mean_weights(counts, batch.branch, len(part), len(samples)) / loss_divisor,
         old_logprobs=None if old is None else copy_to_device(old, device),
     )
+
+
+def _of_teacher(part: TaughtSamples) -> list[int]:
+    """Returns the numbers of the completions that the teacher reads: those that are learned, at least one."""
+    learned = part.learned.nonzero().flatten().tolist()
+    return learned or [min(range(len(part)), key=lambda index: len(part.completion_ids[index]))]

@@ -37,10 +37,11 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class SelfDistillationUpdate:
-    """Holds a micro-batch of N tokens: after the student's prompts, and the same tokens after the teacher's.
+    """Holds a micro-batch of N tokens: after the student's prompts, and M of them after the teacher's.
 
     counts, weights: (N,) float32, whether a token is learned from the teacher, 1 or 0, and its weight in the loss;
-    old_logprobs: (N,) float32 of the student that sampled; None: it is the present one.
+    old_logprobs: (N,) float32 of the student that sampled; None: it is the present one; taught: (M,) int64, the tokens
+    that the teacher reads, in their order; None: it reads all.
     """
 
     batch: TokenBatch
@@ -48,6 +49,13 @@ class SelfDistillationUpdate:
     counts: torch.Tensor
     weights: torch.Tensor
     old_logprobs: torch.Tensor | None = None
+    taught: torch.Tensor | None = None
+
+    def of_all(self, values: torch.Tensor) -> torch.Tensor:
+        """Returns the teacher's values (M, ...) as those of all tokens (N, ...): 0 where it has none."""
+        if self.taught is None:
+            return values
+        return values.new_zeros(len(self.counts), *values.shape[1:]).index_copy_(0, self.taught, values)
 
 
 @dataclass(frozen=True)
@@ -161,6 +169,7 @@ def _compare_tokens(
 ) -> _Compared:
     """Compares the log-probabilities of the completions' own tokens: one sweep of the head, for both losses."""
     known = required(teacher.score(update.teacher_batch, temperature=settings.temperature).logprobs)
+    known = update.of_all(known)
 
     def terms(logprobs: torch.Tensor, rows: Rows = ALL) -> torch.Tensor:
         return _corrected(sampled_token_terms(logprobs, known[rows]), update, settings, logprobs, rows)
@@ -192,6 +201,8 @@ def _compare_distributions(
 ) -> _Compared:
     """Compares distributions; tokens are scored only for a ratio to the policy that sampled, or for a loss beside."""
     batch, states = update.batch, teacher.states(update.teacher_batch)
+    hidden, logits = (one if one is None else update.of_all(one) for one in (states.hidden, states.logits))
+    states = states._replace(hidden=hidden, logits=logits)
     reading = ReadDivergence(states, update.weights, settings.divergence, head)
     corrects = settings.is_clip is not None and update.old_logprobs is not None
     if beside is None and not corrects:

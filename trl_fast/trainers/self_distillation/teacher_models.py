@@ -107,17 +107,13 @@ class SelfTeacher(ReferencePolicy):
         """Returns the teacher's states at a batch's N scored positions, without gradient."""
         with self._trainer.compute_loss_context_manager(), self._scope():
             found = teacher_states(self._called, batch)
-        # Autocast would give the student copies of the weights that have no gradient.
-        torch.clear_autocast_cache()
         return found._replace(scope=self._scope) if self._switches else found
 
     @torch.no_grad()
     def score(self, batch: TokenBatch, **kwargs: Any) -> TokenScores:
         """Scores a batch's N tokens; `kwargs` are those of `modeling.scoring.score`."""
         with self._trainer.compute_loss_context_manager(), self._scope():
-            found = self._trainer.score(self._called, batch, **kwargs).tokens
-        torch.clear_autocast_cache()
-        return found
+            return self._trainer.score(self._called, batch, **kwargs).tokens
 
     @property
     def _called(self) -> Any:
