@@ -90,8 +90,10 @@ def assert_as_alone(ranks, alone):
     [
         *QUICK.items(),
         *(
-            pytest.param(engine, [case for case in CASES if case not in QUICK.get(engine, ())], marks=pytest.mark.slow)
+            pytest.param(engine, [case], marks=pytest.mark.slow)
             for engine in ENGINES
+            for case in CASES
+            if case not in QUICK.get(engine, ())
         ),
     ],
 )
