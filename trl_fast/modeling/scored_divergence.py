@@ -47,6 +47,8 @@ class ReadScoredDivergence:
         self.divergence.check_states()
 
         def read(states: torch.Tensor, head: HeadParameters) -> dict[str, torch.Tensor]:
+            # A weight in parts takes its gradient in one way only, that of the divergence.
+            head = head._replace(source=None)
             with self._gradients():
                 scored = read_head(model, self.scoring, num_tokens, states, head)
             # While the head is whole: an engine that gathers it twice in a pass reads other weights in backward.

@@ -31,9 +31,11 @@ CASES = {
     },
     "all, lora": {"distillation_mode": "full_logits", "peft": True},
     "live": {"teacher_model_kind": "live", "distillation_mode": "full_logits"},
+    # Groups change the process.
+    "dealt": {"num_generations": 2, "balance_batches": "step"},
 }
 # Those of the default tests.
-QUICK = {"ddp": ["sampled", "both, likeliest, two updates"]}
+QUICK = {"ddp": ["sampled", "both, likeliest, two updates", "dealt"]}
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 
 
