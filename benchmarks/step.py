@@ -1,7 +1,7 @@
 """Times whole optimizer steps on a real model and real text against TRL 1.16.0, and measures their memory.
 
     python -m benchmarks.step --method sft|dpo|kto|bco|orpo|cpo|tpo|reward [--batch 4 --steps 3 --rounds 3]
-    python -m benchmarks.step --method grpo|gmpo|rloo|ppo --batch 8 --prompt_tokens 256 --completion_tokens 64
+    python -m benchmarks.step --method grpo|gmpo|rloo|sdpo|ppo --batch 8 --prompt_tokens 256 --completion_tokens 64
     python -m benchmarks.step --method dpo --prompt_tokens 512 --completion_tokens 128
     python -m benchmarks.step --method dpo --model random-hybrid-100m --prompt_tokens 512 --completion_tokens 128
     python -m benchmarks.step --method dpo --images --prompt_tokens 64 --completion_tokens 64
@@ -18,7 +18,7 @@ those that TRL counts: no padding, a pair's prompt twice. Peak memory is that of
 last step's time goes into. --sweep trains on single rows of growing length, ours only, and shows that cost grows with
 the number of tokens. random-narrow has many layers and next to no arithmetic: with --cpu_time its step is what the
 host of a GPU has to do.
-With grpo, gmpo, rloo and ppo it is the update that is timed: completions are cut from the same prose, 8 for each
+With grpo, gmpo, rloo, sdpo and ppo it is the update that is timed: completions are cut from the same prose, 8 for each
 prompt (ppo: one) and all of --completion_tokens, and rewards are random numbers; --batch counts completions. TRL
 1.16.0 has no BCO and no PPO: ours run alone. With --images every prompt has a picture before its text, and the model
 is random-vision-100m.

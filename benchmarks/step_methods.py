@@ -160,6 +160,20 @@ def _with_rollout_func(trainer_class: Any) -> type:
     return WithRolloutFunc
 
 
+def _with_given_completions(trainer_class: Any) -> type:
+    """Returns TRL's SDPOTrainer with the `rollout_func` that its GRPOTrainer has."""
+
+    class WithGivenCompletions(trainer_class):
+        def __init__(self, *args: Any, rollout_func: CutCompletions, **keywords: Any) -> None:
+            super().__init__(*args, **keywords)
+            self._completions = rollout_func.completions
+
+        def _generate_transformers(self, prompt_ids: list[list[int]]) -> tuple[list[list[int]], list[list[int]]]:
+            return prompt_ids, self._completions(prompt_ids)
+
+    return WithGivenCompletions
+
+
 def _group_config(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"max_completion_length": arguments.completion_tokens, "num_generations": GENERATIONS}
 
@@ -214,6 +228,16 @@ METHODS = {
         _prompts,
         changed=_with_rollout_func,
         config=_group_config,
+        trainer=_group_trainer,
+        group=GENERATIONS,
+    ),
+    "sdpo": Method(
+        "SDPO",
+        _prompts,
+        trl_module="trl.experimental.sdpo",
+        changed=_with_given_completions,
+        # One of two random rewards is a success.
+        config=lambda arguments: {**_group_config(arguments), "success_reward_threshold": 0.5},
         trainer=_group_trainer,
         group=GENERATIONS,
     ),

@@ -26,7 +26,7 @@ def slow(*methods):
 
 
 @pytest.mark.parametrize(
-    "method", ["kto", "rloo", *slow("sft", "dpo", "orpo", "cpo", "tpo", "reward", "grpo", "gmpo")]
+    "method", ["kto", "rloo", *slow("sft", "dpo", "orpo", "cpo", "tpo", "reward", "grpo", "gmpo", "sdpo")]
 )
 def test_both_trainers_learn_from_the_same_rows(method, words):
     ours, trls = step.race(step.parse_arguments(["--method", method, *words]))
