@@ -237,7 +237,7 @@ def read_head(
     hidden: torch.Tensor,
     head: HeadParameters,
 ) -> dict[str, torch.Tensor]:
-    """Returns the fields of TokenScores that the request asks for, and its loss."""
+    """Returns the fields of TokenScores that the request asks for, and its loss, of hidden states (N, H)."""
     weight, bias, shard, source = head
     softcap, logit_scale = head_transform(model.config)
     transform = LogitTransform.of(temperature=scoring.temperature, softcap=softcap, logit_scale=logit_scale)

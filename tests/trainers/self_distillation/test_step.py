@@ -58,7 +58,7 @@ def models():
 def samples():
     found = TaughtSamples.of(PROMPTS, COMPLETIONS)
     generator = torch.Generator().manual_seed(2)
-    old = [-torch.rand(len(ids), generator=generator) - 3 for ids in COMPLETIONS]
+    old = [-8 * torch.rand(len(ids), generator=generator) - 3 for ids in COMPLETIONS]
     return replace(
         found, teacher_prompt_ids=TAUGHT, untaught=torch.tensor([False, False, True, False]), old_logprobs=old
     )
