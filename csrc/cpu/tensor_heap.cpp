@@ -4,6 +4,7 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -96,8 +97,11 @@ class TensorHeap {
  private:
   using Holes = std::map<char*, std::size_t>;
 
-  // Takes addresses, as many as the machine has memory. They cost nothing until they are used.
+  // Takes addresses, as many as the machine has memory. They cost nothing until they are used, but where they are
+  // limited, and then all else needs them.
   bool reserve() {
+    rlimit limit{};
+    if (getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY) return false;
     const std::size_t memory = static_cast<std::size_t>(sysconf(_SC_PHYS_PAGES)) * sysconf(_SC_PAGESIZE);
     const std::size_t wanted = rounded_up(memory, kHugePage);
     void* const mapped =
@@ -110,9 +114,13 @@ class TensorHeap {
     madvise(top_, reserved_, MADV_HUGEPAGE);
 #endif
     begin_ = top_;
-    // A child gets the heap as it is between two calls.
+    // A child gets the heap as it is between two calls, without what is free: while it had those pages too, the parent
+    // would copy each that it writes to.
     pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
-                   [] { instance().mutex_.unlock(); });
+                   [] {
+                     instance().release_holes();
+                     instance().mutex_.unlock();
+                   });
     return true;
   }
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from support.forks import fresh
+from trl_fast import _C
 from trl_fast.ops.heap import _glibc, freed_memory_kept
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux" or _glibc() is None, reason="the C library is not glibc")
@@ -152,19 +153,36 @@ def ordinary_tensors() -> None:
         assert faults() < 20, "the outer context has ended"
 
 
+def a_child() -> None:
+    """A process that is forked while a trainer trains, as for a loader's workers, has tensors but not what is free."""
+    with freed_memory_kept(CPU):
+        tensor = torch.ones(2 * MIB)
+        step()
+        before = resident_mib()
+        child = os.fork()
+        if child == 0:
+            freed = before - resident_mib()
+            os._exit(0 if freed > sum(SIZES_MIB) / 2 and tensor.sum() == 2 * MIB else 1)
+        assert os.waitpid(child, 0)[1] == 0
+        assert resident_mib() > before - sum(SIZES_MIB) / 2 and faults() < 20
+
+
 def large_tensors() -> None:
     the_same_places()
     whole_numbers()
     ordinary_tensors()
+    a_child()
 
 
 def no_addresses() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.RLIM_INFINITY))
     messages: list[str] = []
     with patch("trl_fast.ops.heap.logger.warning", messages.append):
-        for _ in range(2):
+        # The former would be enough for the heap's addresses, and for little else.
+        for limit in (os.sysconf("SC_PHYS_PAGES") * resource.getpagesize() + (6 << 30), 4 << 30):
+            resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
             with freed_memory_kept(CPU):
                 assert faults() < 20 and torch.ones(2 * MIB).sum() == 2 * MIB
+            assert not _C.keep_freed()
     assert len(messages) == 1 and "ulimit -v" in messages[0], messages
 
 
