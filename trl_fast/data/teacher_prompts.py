@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from datasets import Dataset
+
 from .conversation_checks import named_template_errors
 from .dataset_types import AnyDataset, map_options
 from .prompt_only import tokenize_prompt
@@ -51,6 +53,19 @@ def last_user_text(prompt: str | list[dict[str, Any]], row: int, name: str) -> s
             "prompt is made of a user's message, so end the prompt with one."
         )
     return message_text(prompt[-1].get("content"))
+
+
+def check_last_messages(dataset: AnyDataset, name: str = "train") -> None:
+    """Checks that each prompt ends with a user's message; of a stream the first one.
+
+    Raises:
+        ValueError: one does not; the message names its row.
+    """
+    rows = dataset.select_columns("prompt") if isinstance(dataset, Dataset) else dataset.take(1)
+    for row, example in enumerate(rows):
+        if isinstance(example["prompt"], str):  # then all are
+            return
+        last_user_text(example["prompt"], row, name)
 
 
 def teacher_prompt(

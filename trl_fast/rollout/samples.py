@@ -160,6 +160,12 @@ class Samples:
         """Splits values (N,) by completion: the reverse of `flat`."""
         return list(values.split([len(ids) for ids in self.completion_ids]))
 
+    def places_of(self, indices: Iterable[int]) -> torch.Tensor:
+        """Returns the places (M,) int64 of the tokens of these completions among those of all."""
+        lengths = [len(ids) for ids in self.completion_ids]
+        places = torch.arange(sum(lengths)).split(lengths)
+        return torch.cat([places[index] for index in indices])
+
     def batch(
         self,
         layout: str,

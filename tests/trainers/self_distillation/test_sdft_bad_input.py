@@ -30,6 +30,8 @@ QUIET = {"use_cpu": True, "bf16": False, "report_to": "none"}
             {"teacher_prompt_template": "{x}{prompt}{privileged_context}"},
             "cannot be filled in .*KeyError.*write other",
         ),
+        ({"teacher_prompt_template": None}, "teacher_prompt_template=None cannot be filled in"),
+        ({"teacher_prompt_template": "{prompt.x}{privileged_context}"}, "cannot be filled in .*AttributeError"),
         ({"num_generations": 3}, "num_generations=3 does not divide"),
     ],
 )

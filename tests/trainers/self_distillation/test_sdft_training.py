@@ -99,6 +99,12 @@ def test_the_policy_that_just_sampled_is_not_asked_again(make):
         asked.clear()
 
 
+def test_an_evaluation_asks_the_policy_once(make):
+    trainer = make(num_iterations=2, eval_dataset=told_prompts(4), per_device_eval_batch_size=4)
+    trainer.policy_logprobs = None
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
 def losses(trainer):
     trainer.train()
     return [log[name] for log in trainer.state.log_history if "loss" in log for name in ("loss", "grad_norm")]

@@ -27,6 +27,9 @@ QUIET = {"use_cpu": True, "bf16": False, "report_to": "none"}
             {"solution_template": "{solution}"},
             r"solution_template='\{solution\}' cannot be filled in \(KeyError.*\{successful_previous_attempt\}",
         ),
+        ({"feedback_template": None}, "feedback_template=None cannot be filled in"),
+        ({"reprompt_template": "{prompt.x} {prompt[x]}"}, "reprompt_template=.* cannot be filled in"),
+        ({"reprompt_template": "{prompt[x]}"}, "reprompt_template=.* cannot be filled in"),
         ({"reprompt_template": "{prompt} {"}, "reprompt_template=.* other braces are written twice"),
     ],
 )
@@ -66,8 +69,9 @@ def test_no_rewards(refused):
 
 def test_a_prompt_that_ends_with_an_answer(refused):
     chat = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "It"}]
-    rows = Dataset.from_list([{"prompt": chat, "shade": 0}] * 8)
-    refused("prompt: the last message is of 'assistant'.*end each prompt with one", train_dataset=rows)
+    rows = Dataset.from_list([{"prompt": given, "shade": 0} for given in (chat[:1], chat[:1], chat)])
+    where = "The train dataset, row 2, column 'prompt'"
+    refused(f"{where}: the last message is of 'assistant'.*end the prompt with one", train_dataset=rows)
 
 
 def test_images(refused, folders):

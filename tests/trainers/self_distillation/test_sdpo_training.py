@@ -239,6 +239,24 @@ def test_runs_that_teach_nothing_are_warned_of(make, caplog):
     assert len(ignored) == 1 and "include_environment_feedback=True" in ignored[0]
 
 
+@pytest.mark.parametrize(
+    "feedback, message",
+    [
+        ({}, "the dataset has no column 'privileged_context', so that the teacher is shown no feedback"),
+        (
+            {"privileged_context": ["No."]},
+            "values that the teacher is not shown, such as a list; make texts of",
+        ),
+        ({"privileged_context": None}, None),
+    ],
+)
+def test_feedback_that_cannot_be_shown_is_named(feedback, message, make, caplog):
+    rows = Dataset.from_list([{"prompt": "What?", "shade": 0, **feedback}] * 4)
+    make(train_dataset=rows, include_environment_feedback=True).train()
+    found = [record.message for record in caplog.records if "privileged_context" in record.message]
+    assert len(found) == (message is not None) and (message or "") in "".join(found)
+
+
 def test_prompts_of_the_teacher_fit_the_positions(make, caplog):
     """Feedback that would not fit loses its beginning, as with a max_reprompt_len that is as long."""
     rows = Dataset.from_list([{"prompt": "What?", "privileged_context": "No. " * 999, "shade": 0}] * 4)

@@ -76,10 +76,11 @@ class UpdateMaker:
         order = samples.by_beginning(kept)
         part = samples.select(order)
         batch = self.token_batch(part)
+        lengths = tuple(len(ids) for ids in part.completion_ids)
         vectors = part.flat_fields()
         if part.excluded.any():
             counts = torch.ones(len(batch.targets)) if vectors["mask"] is None else vectors["mask"]
-            vectors["mask"] = counts * ~part.excluded[batch.branch.cpu()]
+            vectors["mask"] = counts * ~part.excluded.repeat_interleave(torch.tensor(lengths))
         loss_inputs = PolicyLossInputs(
             branch=batch.branch,
             advantages=copy_to_device(part.advantages, self.device),
@@ -87,7 +88,6 @@ class UpdateMaker:
             **{name: None if value is None else copy_to_device(value, self.device) for name, value in vectors.items()},
         )
         left_out = sorted(set(range(len(samples))) - set(kept))
-        lengths = tuple(len(ids) for ids in part.completion_ids)
         return Update(batch, loss_inputs, copy_to_device(samples.lengths[left_out], self.device), lengths)
 
 

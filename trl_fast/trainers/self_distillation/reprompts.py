@@ -48,7 +48,7 @@ class Reprompter:
         metrics = context_metrics(contexts, rewards, feedbacks, group, args.success_reward_threshold)
         trainer.recorder.record_values(metrics)
         self._diagnostics.warn_of_no_teacher(metrics, trainer.mode)
-        self._say_ignored(feedbacks)
+        self._say_ignored(feedbacks, any(PRIVILEGED_CONTEXT in row for row in rows))
 
         first = trainer.accelerator.process_index * len(rows)
         own = contexts[first : first + len(rows)]
@@ -98,12 +98,23 @@ class Reprompter:
             )
         return [ids[-longest:] for ids in prompts]
 
-    def _say_ignored(self, feedbacks: list) -> None:
-        """Says that feedback is there and not shown."""
-        if not self._trainer.args.include_environment_feedback and any(map(is_feedback, feedbacks)):
+    def _say_ignored(self, feedbacks: list, has_column: bool) -> None:
+        """Says that feedback is there and not shown, or that what is to be shown is not there."""
+        if not self._trainer.args.include_environment_feedback:
+            if any(map(is_feedback, feedbacks)):
+                self._say_once(
+                    f"The dataset's column {PRIVILEGED_CONTEXT!r} has texts, which the teacher is not shown; set "
+                    "include_environment_feedback=True to show them."
+                )
+        elif not has_column:
             self._say_once(
-                f"The dataset's column {PRIVILEGED_CONTEXT!r} has texts, which the teacher is not shown; set "
-                "include_environment_feedback=True to show them."
+                f"include_environment_feedback=True: the dataset has no column {PRIVILEGED_CONTEXT!r}, so that the "
+                "teacher is shown no feedback; add one with a text in each row, or leave the argument out."
+            )
+        elif others := [each for each in feedbacks if each is not None and not isinstance(each, str)]:
+            self._say_once(
+                f"The dataset's column {PRIVILEGED_CONTEXT!r} has values that the teacher is not shown, such as a "
+                f"{type(others[0]).__name__}; make texts of them."
             )
 
     def _say_once(self, message: str) -> None:

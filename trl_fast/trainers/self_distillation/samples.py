@@ -72,11 +72,10 @@ def taught_update(
     if mask is not None:
         counts = counts * copy_to_device(mask, device)
     told = _of_teacher(part)
-    taught = None if len(told) == len(part) else torch.isin(batch.branch, copy_to_device(torch.tensor(told), device))
     return SelfDistillationUpdate(
         batch=batch,
         teacher_batch=maker.token_batch(part.select(told).of_teacher()),
-        taught=None if taught is None else taught.nonzero().squeeze(1),
+        taught=None if len(told) == len(part) else copy_to_device(part.places_of(told), device),
         counts=counts,
         weights=mean_weights(counts, batch.branch, len(part), len(samples)) / loss_divisor,
         old_logprobs=None if old is None else copy_to_device(old, device),

@@ -211,7 +211,8 @@ class SDFTTrainer(OnlineTrainer):
             prompt_ids=[list(row[PROMPT_IDS]) for row in rows],
             teacher_prompt_ids=[list(row[TEACHER_PROMPT_IDS]) for row in rows],
         )
-        if args.distillation_is_clip is not None and not (args.is_on_policy or args.generate_from_teacher):
+        moves = self.model.training and not (args.is_on_policy or args.generate_from_teacher)
+        if args.distillation_is_clip is not None and moves:
             samples.old_logprobs = self.updates.score(samples, self.policy_logprobs, self._batches(samples))
         tell_of_batch(self, samples)
         return samples

@@ -53,7 +53,7 @@ class SDFTConfig(SelfDistillationConfig):
         template = self.teacher_prompt_template
         try:
             told = template.format(prompt="\x00", privileged_context="\x01")
-        except (LookupError, ValueError) as error:
+        except (LookupError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(
                 f"teacher_prompt_template={template!r} cannot be filled in ({error!r}); write other braces twice, as "
                 "{{ and }}"

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from trl_fast.data import AnyDataset
 from trl_fast.data.prompt_only import PROMPT_IDS
-from trl_fast.data.teacher_prompts import PRIVILEGED_CONTEXT
+from trl_fast.data.teacher_prompts import PRIVILEGED_CONTEXT, check_last_messages
 from trl_fast.losses.advantages import Advantages, group_advantages
 from trl_fast.parallel.engines import engine_of
 from trl_fast.rollout import GivenReward, RolloutEngine
@@ -21,7 +21,6 @@ from ..base.step import insert_after
 from ..base.trl_attributes import answers_to
 from ..distillation.teacher import check_sharded_head
 from ..online.group_trainer import GroupTrainer
-from .contexts import last_user_text
 from .diagnostics import Diagnostics, reward_diagnostics
 from .events import call_event, tell_of_batch, tell_of_contexts
 from .model_checks import check_topk
@@ -119,12 +118,12 @@ class SDPOTrainer(GroupTrainer):
 
         Raises:
             NotImplementedError: there are images.
-            ValueError: as in `prepare_prompt_dataset`; or the teacher cannot be told more after the first prompt.
+            ValueError: as in `prepare_prompt_dataset`; or the teacher cannot be told more after a prompt.
         """
         if self.images is not None:
             raise NotImplementedError(f"the {name} dataset has images, which the teacher's prompts have no place for")
         dataset = super().prepare_dataset(dataset, processing_class, args, name)
-        last_user_text(next(iter(dataset))["prompt"])
+        check_last_messages(dataset, name)
         return dataset
 
     # ---- the rollout

@@ -147,7 +147,7 @@ def _check_template(name: str, template: str, known: tuple[str, ...]) -> None:
     """
     try:
         template.format(**dict.fromkeys(known, ""))
-    except (KeyError, IndexError, ValueError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError) as error:
         places = " and ".join(f"{{{each}}}" for each in known)
         raise ValueError(
             f"{name}={template!r} cannot be filled in ({type(error).__name__}: {error}); it may use {places}, and "
