@@ -167,7 +167,7 @@ def a_child() -> None:
         assert resident_mib() > before - sum(SIZES_MIB) / 2 and faults() < 20
 
 
-def large_tensors() -> None:
+def tensors_of_the_heap() -> None:
     the_same_places()
     whole_numbers()
     ordinary_tensors()
@@ -187,7 +187,7 @@ def no_addresses() -> None:
 
 
 def test_large_tensors_come_from_a_heap_of_their_own(no_choices):
-    fresh(__name__, "large_tensors")
+    fresh(__name__, "tensors_of_the_heap")
 
 
 def test_where_addresses_are_limited_the_c_library_keeps_what_is_freed(no_choices):

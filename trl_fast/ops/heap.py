@@ -40,7 +40,7 @@ def freed_memory_kept(device: torch.device) -> Iterator[None]:
     if device.type != "cpu" or _environment_chooses():
         yield
         return
-    with _large_tensors_kept(), _rest_kept():
+    with _tensor_heap_used(), _rest_kept():
         yield
 
 
@@ -51,7 +51,7 @@ def _environment_chooses() -> bool:
 
 
 @contextmanager
-def _large_tensors_kept() -> Iterator[None]:
+def _tensor_heap_used() -> Iterator[None]:
     """Makes large tensors in the extension's heap; where there is no extension or no room for addresses, nowhere."""
     if not load_extension().ok:
         yield
