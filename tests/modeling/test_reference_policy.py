@@ -5,7 +5,7 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 
 from support.models import tiny_model
-from trl_fast.modeling.reference_policy import adapter_reference
+from trl_fast.modeling.reference_policy import adapter_reference, copy_adapter_as_reference
 
 IDS = torch.randint(3, 340, (2, 13), generator=torch.Generator().manual_seed(0))
 LORA = {"target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
@@ -71,3 +71,18 @@ def test_an_error_within_leaves_nothing_behind():
         with adapter_reference(model):
             pass
         assert state(model) == off
+
+
+def test_the_copy_of_an_adapter_has_all_of_it_whatever_its_name():
+    """Parameters of an embedding end with the adapter's name."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], init_lora_weights=False)
+    model = get_peft_model(tiny_model(), config, adapter_name="own")
+    copy_adapter_as_reference(model)
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with adapter_reference(model):
+            torch.testing.assert_close(model(input_ids=ids).logits, expected)
+        with model.disable_adapter():
+            assert (model(input_ids=ids).logits - expected).abs().max() > 1e-2

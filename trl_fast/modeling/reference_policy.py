@@ -100,8 +100,8 @@ def create_reference_model(
 
 
 def copy_adapter_as_reference(model: PeftModel) -> None:
-    """Freezes a copy of the adapter that a model came with, under the name "ref", as its reference policy."""
-    copy_adapter(model, "default", REFERENCE_ADAPTER)
+    """Freezes a copy of the adapter that a model came with, that which is active, as "ref", its reference policy."""
+    copy_adapter(model, model.active_adapter, REFERENCE_ADAPTER)
 
 
 @torch.no_grad()
@@ -115,11 +115,13 @@ def copy_adapter(model: PeftModel, source: str, name: str) -> None:
 
 def adapter_twins(model: PeftModel, source: str, name: str) -> list[tuple[torch.nn.Parameter, torch.nn.Parameter]]:
     """Returns each parameter of an adapter, `source`, with that of another one of its kind."""
-    return [
-        (parameter, model.get_parameter(full.replace(f".{source}.", f".{name}.")))
-        for full, parameter in model.named_parameters()
-        if f".{source}." in full
-    ]
+    twins = []
+    for full, parameter in model.named_parameters():
+        # The adapter's name is the last part of an embedding's parameters, and the one before it of others'.
+        before, is_its_own, after = f"{full}.".rpartition(f".{source}.")
+        if is_its_own:
+            twins.append((parameter, model.get_parameter(f"{before}.{name}.{after}".removesuffix("."))))
+    return twins
 
 
 def reference_adapter(model: PeftModel, adapter: str | None) -> str | None:

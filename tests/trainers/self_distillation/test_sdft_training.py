@@ -125,6 +125,26 @@ def test_an_adapter_on_the_head_is_not_the_teachers(make, tokenizer, model_path)
         torch.testing.assert_close(loss, copied._compute_loss(copied.model, update), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("changes", [{"target_modules": ["embed_tokens", "v_proj"]}, {"use_dora": True}])
+def test_an_averaged_adapter_begins_as_the_model_and_follows_as_a_whole(changes, make):
+    settings = {"teacher_model_kind": "ema", "teacher_update_rate": 1.0, "learning_rate": 0.1}
+    trainer = make(peft_config=lora(**changes), **settings)
+    trainer.model.eval()
+    batch = trainer._prepare_inputs([trainer.train_dataset[0]] * 4).batch
+
+    def both():
+        with torch.no_grad():
+            return trainer.policy_logprobs(batch), trainer.reference.score(batch, temperature=1.0).logprobs
+
+    own, taught = before = both()
+    torch.testing.assert_close(taught, own)
+    trainer.model.train()
+    trainer.train()
+    own, taught = both()
+    assert (own - before[0]).abs().max() > 1e-2
+    torch.testing.assert_close(taught, own)
+
+
 @pytest.mark.parametrize("kind", ["base", pytest.param("ema", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("peft", [False, True])
 def test_resuming(kind, peft, make, tmp_path):

@@ -2,8 +2,9 @@
 
 import pytest
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from PIL import Image
+from transformers import AutoModelForCausalLM
 
 import trl_fast
 from support.rewarded_prompts import prompts_with_feedback, short
@@ -86,6 +87,13 @@ ADAPTERS = {
         LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
         *("ema", "teacher_model_kind='ema' with an adapter averages LoRA's weights"),
     ),
+    "biases": (
+        LoraConfig(r=2, target_modules=["q_proj"], bias="lora_only", task_type="CAUSAL_LM"),
+        *(
+            "ema",
+            "teacher_model_kind='ema' with an adapter averages LoRA's weights.* and bias",
+        ),
+    ),
 }
 
 
@@ -94,6 +102,13 @@ def test_adapters(name, refused):
     peft_config, kind, message = ADAPTERS[name]
     settings = {"teacher_model_kind": kind, "num_generations": 4, "max_completion_length": 8}
     refused(message, settings=settings, peft_config=peft_config)
+
+
+def test_an_adapter_of_the_teachers_name(refused, model_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), config, adapter_name="teacher")
+    settings = {"num_generations": 4, "max_completion_length": 8}
+    refused("model: it has an adapter of the name 'teacher' already", model=adapted, settings=settings)
 
 
 def test_methods_that_are_never_called(model_path, tmp_path):

@@ -71,9 +71,11 @@ class SelfTeacher(ReferencePolicy):
         self._adapter = TEACHER_ADAPTER
         copy_adapter(student, student.active_adapter, TEACHER_ADAPTER)
         if zero:
-            # As in TRL: the model without an adapter, which a new one does not change at first either.
-            for _, weight in adapter_twins(student, student.active_adapter, TEACHER_ADAPTER):
-                weight.data.zero_()
+            # As in TRL: the model without an adapter, which a new one does not change at first either. DoRA's lengths
+            # of that model's weights stay.
+            for name, weight in student.named_parameters():
+                if f".{TEACHER_ADAPTER}." in f"{name}." and "magnitude" not in name:
+                    weight.data.zero_()
 
     def start(self, callbacks: Iterable[Any]) -> None:
         """Puts the teacher where the student is, and lets an averaged one follow it."""
@@ -159,8 +161,14 @@ def _check_adapter(student: PeftModel, kind: str) -> None:
             f"peft_config: {type(config).__name__} puts tokens of its own before each row, which a teacher without it "
             "has not; use LoRA"
         )
+    if kind == EMA and TEACHER_ADAPTER in student.peft_config:
+        raise ValueError(
+            f"model: it has an adapter of the name {TEACHER_ADAPTER!r} already, which the averaged one gets; load it "
+            "under another name, remove it by model.delete_adapter(...), or use teacher_model_kind='base' or 'live'"
+        )
     trained = [name for name, parameter in student.named_parameters() if parameter.requires_grad]
-    if kind == EMA and (config.peft_type != PeftType.LORA or any("lora_" not in name for name in trained)):
+    is_plain = config.peft_type == PeftType.LORA and getattr(config, "bias", "none") == "none"
+    if kind == EMA and not (is_plain and all("lora_" in name for name in trained)):
         raise ValueError(
             "teacher_model_kind='ema' with an adapter averages LoRA's weights, and more than these train here; use "
             "LoRA without modules_to_save and bias, or teacher_model_kind='base' or 'live'"
