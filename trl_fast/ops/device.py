@@ -158,8 +158,8 @@ def _ask(device: torch.device) -> DeviceFacts:
 def _has_own_products() -> bool:
     """Returns whether our products are faster: with AVX-512, but not on Intel's CPUs, whose library ATen calls.
 
-    On others that library, MKL, takes kernels of AVX2. Where the CPU has no more, a step takes as long with its
-    products or less. TRL_FAST_OWN_PRODUCTS decides otherwise.
+    On others that library, MKL, takes kernels of AVX2. Where the CPU has no more, neither is clearly the faster
+    one in whole steps. TRL_FAST_OWN_PRODUCTS decides otherwise.
 
     Raises:
         ValueError: the variable is neither 0 nor 1.
