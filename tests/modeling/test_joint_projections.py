@@ -20,6 +20,7 @@ from torch import nn
 
 from support.models import tiny_model
 from support.seen_operators import SeenOperators
+from support.simulated_device import set_bf16_products
 from trl_fast.modeling.fused_layers import FUSED_LAYERS, attach, fuse_layers, projections
 from trl_fast.modeling.fused_layers.joint_projections import join_projections
 from trl_fast.modeling.loading import base_model
@@ -149,6 +150,7 @@ def fused(family, calls):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "starcoder2", "olmo2", "gpt_oss"])
 def test_forward_has_the_same_bits(family, dtype, calls, monkeypatch):
+    set_bf16_products(monkeypatch, True)
     model = fused(family, calls).to(dtype)
     got = run(model), model(input_ids=IDS, use_cache=False).logits
     assert 3 in calls
@@ -201,8 +203,9 @@ def test_frozen_weights(part, calls):
     assert calls == [3, 2, 3, 2]
 
 
-def test_autocast(calls):
+def test_autocast(calls, monkeypatch):
     """Gradients are as near to those of float32 as transformers' own."""
+    set_bf16_products(monkeypatch, True)
     model = family_model("qwen2")
     right, errors = run(model)[1], []
     for fuses in (False, True):

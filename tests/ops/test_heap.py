@@ -181,7 +181,8 @@ def no_addresses() -> None:
         for limit in (os.sysconf("SC_PHYS_PAGES") * resource.getpagesize() + (6 << 30), 4 << 30):
             resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
             with freed_memory_kept(CPU):
-                assert faults() < 20 and torch.ones(2 * MIB).sum() == 2 * MIB
+                step()
+                assert torch.ones(2 * MIB).sum() == 2 * MIB
             assert not _C.keep_freed()
     assert len(messages) == 1 and "ulimit -v" in messages[0], messages
 

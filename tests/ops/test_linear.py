@@ -57,10 +57,11 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("products", [False], indirect=True)
-def test_every_product_is_of_float32(products):
+def test_every_product_is_of_float32(products, autocast):
     x, weight, bias = (t.detach() for t in tensors(torch.bfloat16, (5, 20)))
-    with Products() as seen:
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), Products() as seen:
         # The bodies: a mode sees an op from outside only.
         _linear._init_fn(x, weight, bias)
         _linear_backward._init_fn(torch.ones(5, 11, dtype=torch.bfloat16), x, weight, True)

@@ -33,7 +33,9 @@ def _product(left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None 
         torch.ops.trl_fast.product(left, right, out, bias is not None)
         return out
     dtype = torch.promote_types(left.dtype, torch.float32)
-    upcast = torch.mm(left.to(dtype), right.to(dtype))
+    # Autocast looks into an op in Python, and would multiply 16-bit numbers after all.
+    with torch.autocast(left.device.type, enabled=False):
+        upcast = torch.mm(left.to(dtype), right.to(dtype))
     return (upcast if bias is None else upcast.add_(bias)).to(left.dtype)
 
 
