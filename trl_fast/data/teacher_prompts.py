@@ -39,20 +39,24 @@ def with_last_user_text(prompt: str | list[dict[str, Any]], text: str) -> str | 
     return text if isinstance(prompt, str) else [*prompt[:-1], {"role": "user", "content": text}]
 
 
-def last_user_text(prompt: str | list[dict[str, Any]], row: int, name: str) -> str:
+def last_user_text(prompt: str | list[dict[str, Any]], where: str = "prompt") -> str:
     """Returns the text of a prompt, or of the user's message that ends it.
 
     Raises:
-        ValueError: it ends with another message.
+        ValueError: it ends with another message; names the prompt by `where`.
     """
     if isinstance(prompt, str):
         return prompt
     if prompt[-1].get("role") != "user":
         raise ValueError(
-            f"{place(name, row)}, column 'prompt': the last message is of {prompt[-1].get('role')!r}; the teacher's "
+            f"{where}: the last message is of {prompt[-1].get('role')!r}; the teacher's "
             "prompt is made of a user's message, so end the prompt with one."
         )
     return message_text(prompt[-1].get("content"))
+
+
+def _place_of_prompt(name: str, row: int) -> str:
+    return f"{place(name, row)}, column 'prompt'"
 
 
 def check_last_messages(dataset: AnyDataset, name: str = "train") -> None:
@@ -65,7 +69,7 @@ def check_last_messages(dataset: AnyDataset, name: str = "train") -> None:
     for row, example in enumerate(rows):
         if isinstance(example["prompt"], str):  # then all are
             return
-        last_user_text(example["prompt"], row, name)
+        last_user_text(example["prompt"], _place_of_prompt(name, row))
 
 
 def teacher_prompt(
@@ -84,7 +88,8 @@ def teacher_prompt(
             f"{place(name, row)}, column {PRIVILEGED_CONTEXT!r}: it is empty, so that the teacher knows no more than "
             "the student; fill it, or remove such rows with dataset.filter(...)."
         )
-    told = template.format(prompt=last_user_text(prompt, row, name), privileged_context=context_text(context))
+    text = last_user_text(prompt, _place_of_prompt(name, row))
+    told = template.format(prompt=text, privileged_context=context_text(context))
     return with_last_user_text(prompt, told)
 
 

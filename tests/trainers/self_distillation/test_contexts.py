@@ -79,5 +79,5 @@ def test_the_last_message_tells_more():
         first,
         {"role": "user", "content": "2+2 = ?|solved by 4|"},
     ]
-    with pytest.raises(ValueError, match=r"prompt: the last message is of 'assistant'.*end each prompt with one"):
+    with pytest.raises(ValueError, match=r"prompt: the last message is of 'assistant'.*end the prompt with one"):
         teacher_prompt([*prompt, {"role": "assistant", "content": "Hm"}], "4", None, Settings())

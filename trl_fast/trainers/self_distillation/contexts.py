@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from trl_fast.data.teacher_prompts import message_text, with_last_user_text
+from trl_fast.data.teacher_prompts import last_user_text, with_last_user_text
 
 _THINKING = re.compile(r"<think>.*?</think>", re.DOTALL)
 
@@ -117,19 +117,3 @@ def teacher_prompt(prompt: Any, demonstration: str | None, feedback: str | None,
         return settings.reprompt_template.format(prompt=text, solution=solution, feedback=told)
 
     return with_last_user_text(prompt, filled(last_user_text(prompt)))
-
-
-def last_user_text(prompt: Any) -> str:
-    """Returns the text of a prompt, or of the message that ends it.
-
-    Raises:
-        ValueError: it is not a user's.
-    """
-    if isinstance(prompt, str):
-        return prompt
-    if prompt[-1].get("role") != "user":
-        raise ValueError(
-            f"prompt: the last message is of {prompt[-1].get('role')!r}; the teacher is told more in a user's "
-            "message, so end each prompt with one"
-        )
-    return message_text(prompt[-1].get("content"))
