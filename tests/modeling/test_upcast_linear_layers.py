@@ -11,9 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from support.models import tiny_model
 from support.simulated_device import set_bf16_products
 from support.trees import random_trees
+from support.vision_models import tiny_vision_model
+from support.vision_processors import pictures, tiny_processor
 from trl_fast.data import pack_trees
+from trl_fast.data.images import ImageReader
 from trl_fast.modeling import upcast_linear_layers as upcast
 from trl_fast.modeling.loading import base_model
+from trl_fast.modeling.model_changes import changes_of
 from trl_fast.modeling.scoring import attach_scoring, score
 from trl_fast.modeling.segment_attention import use_segment_attention
 from trl_fast.modeling.upcast_linear_layers import upcast_linear_layers
@@ -38,7 +42,7 @@ def no_hardware(monkeypatch):
 
 def upcast_layers(model):
     """The linear layers that were changed."""
-    return [module for module in model.modules() if hasattr(module, "plain_forward")]
+    return [module for module in model.modules() if "plain_forward" in vars(module)]
 
 
 def build(family, dtype, lora=False, plain=False):
@@ -168,6 +172,28 @@ def test_a_cpu_with_hardware_for_them_leaves_them_alone(monkeypatch):
     assert not upcast_layers(model)
     # There is none for float16.
     assert upcast_layers(build("llama", torch.float16))
+
+
+def test_a_tower_is_changed_before_it_reads_the_first_images():
+    """Under checkpointing it would be computed again in another way."""
+    model = tiny_vision_model("llava")
+    attach_scoring(model)
+    image = ImageReader(tiny_processor("llava")).image_input(pictures(1, (84, 56))[0])
+    tokens = torch.full((1, image.num_tokens), model.config.image_token_id)
+    tower = {*linear_layers(model.model.vision_tower)}
+    seen = []
+    model.model.vision_tower.register_forward_pre_hook(lambda *_: seen.append({*upcast_layers(model)}))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=tokens, **image.tensors)
+    assert tower and tower <= seen[0]
+
+
+def test_adapters_that_hold_a_whole_layer_are_changed_back():
+    """PEFT's wrapper of a layer that trains whole answers for the attributes of the layer inside."""
+    model = build("llama", torch.bfloat16)
+    get_peft_model(model, LoraConfig(target_modules="all-linear", modules_to_save=["down_proj"]))
+    changes_of(model).undo(upcast.UPCAST)
+    assert not upcast_layers(model) and "forward" not in vars(model.model.layers[0].mlp.down_proj.original_module)
 
 
 def test_what_was_wrapped_since_is_not_unwrapped():

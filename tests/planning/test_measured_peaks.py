@@ -13,11 +13,12 @@ from trl.trainer import utils as trl_utils
 
 import trl_fast
 from support.models import tiny_config
+from support.simulated_device import set_bf16_products
 from support.step_peaks import peak_of_a_step, simulated_peak
 from support.tokenizer import build_tokenizer
 from trl_fast.ops.backends import load_extension
 from trl_fast.planning import baseline_steps
-from trl_fast.planning.training_setup import TRL, TrainingSetup
+from trl_fast.planning.training_setup import OURS, TRL, TrainingSetup
 
 pytestmark = pytest.mark.plans
 
@@ -188,6 +189,17 @@ def test_simulated_peaks_of_trl_are_those_of_its_real_steps(columns, changes, tr
     setup = TrainingSetup(config, system=TRL, device="cpu", **changes)
     measured = measured_peak_of_trl(setup, 512, tmp_path)
     assert simulated_peak(setup, 512) == pytest.approx(measured, rel=0.02)
+
+
+def test_only_our_linear_layers_become_float32_where_16_bit_products_are_slow(monkeypatch):
+    config = tiny_config("llama", vocab_size=4096, max_position_embeddings=2048, **SIZES["wide"])
+    peaks = {}
+    for fast in (True, False):
+        set_bf16_products(monkeypatch, fast)
+        for system in (OURS, TRL):
+            peaks[system, fast] = simulated_peak(TrainingSetup(config, system=system, device="cpu"), 256)
+    assert peaks[TRL, False] == peaks[TRL, True]
+    assert peaks[OURS, False] != peaks[OURS, True]
 
 
 @pytest.mark.parametrize("changes", [{"lora_r": 8, **ALL_LINEAR}, pytest.param({}, marks=pytest.mark.slow)], ids=str)

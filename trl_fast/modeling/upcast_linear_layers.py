@@ -15,7 +15,7 @@ from trl_fast.ops.linear import linear, upcast_is_faster
 from trl_fast.ops.validation import refuse_forward_mode
 
 from .fused_layers.bare_modules import is_linear
-from .loading import backbone
+from .loading import backbone, whole_backbone
 from .model_changes import changes_of, unbound_forward
 
 UPCAST = "upcast linear layers"
@@ -32,10 +32,9 @@ def upcast_linear_layers(model: PreTrainedModel) -> None:
     modules, such as fused experts, stay as they are.
     """
     changes = changes_of(model)
-    layers = backbone(model)
     if UPCAST in changes:
         setattr(model, _SEEN, None)
-        _follow(model, layers, ())
+        _follow(model)
         return
     change = changes.get_or_add(
         UPCAST, "linear layers compute 16-bit products in float32 on a CPU without hardware for them"
@@ -43,14 +42,17 @@ def upcast_linear_layers(model: PreTrainedModel) -> None:
     change.set(model, "trl_fast_upcast", False, fixed=False)
     change.set(model, _SEEN, None, fixed=False)
     change.on_undo(_restore_layers, model)
-    change.add_hook(layers.register_forward_pre_hook(functools.partial(_follow, model)))
-    _follow(model, layers, ())
+    # The whole class reads images before its text model runs.
+    for module in dict.fromkeys((whole_backbone(model), backbone(model))):
+        change.add_hook(module.register_forward_pre_hook(functools.partial(_follow, model)))
+    _follow(model)
 
 
-def _follow(model: PreTrainedModel, layers: nn.Module, _args: object) -> None:
+def _follow(model: PreTrainedModel, *_of_hook: object) -> None:
     """Changes a model's linear layers, or changes them back, as its device and numbers ask."""
     if torch.compiler.is_compiling():
         return
+    layers = whole_backbone(model)
     first = next(layers.parameters())
     autocast = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
     slow = device_facts(torch.device("cpu")).product_dtypes
@@ -69,12 +71,17 @@ def _follow(model: PreTrainedModel, layers: nn.Module, _args: object) -> None:
     changed.trl_fast_upcast = upcast
     modules: list[Any] = [*model.modules()]
     for module in modules:
-        plain = is_linear(module) and not hasattr(module, "plain_forward")
+        plain = is_linear(module) and not _is_changed(module)
         if upcast and plain:
             module.plain_forward = unbound_forward(module) if "forward" in vars(module) else nn.Linear.forward
             module.forward = types.MethodType(_forward, module)
         elif not upcast and _is_upcast(module):
             _restore_layer(module)
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Returns whether a module itself was changed: PEFT's wrappers answer for the layer inside too."""
+    return "plain_forward" in vars(module)
 
 
 def _is_upcast(module: nn.Module) -> bool:
@@ -96,7 +103,7 @@ def _restore_layers(model: PreTrainedModel) -> None:
     Raises:
         RuntimeError: something else has been put on top of ours since.
     """
-    changed = [module for module in model.modules() if hasattr(module, "plain_forward")]
+    changed = [module for module in model.modules() if _is_changed(module)]
     if not all(map(_is_upcast, changed)):
         raise RuntimeError(f"{UPCAST!r} cannot be undone: forward of a linear layer has been changed since")
     for module in changed:

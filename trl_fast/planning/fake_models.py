@@ -24,6 +24,7 @@ from trl_fast.modeling.model_changes import changes_of
 from trl_fast.modeling.reference_policy import freeze
 from trl_fast.modeling.scoring import attach_scoring
 from trl_fast.modeling.segment_attention import set_attention, use_segment_attention
+from trl_fast.modeling.upcast_linear_layers import UPCAST
 from trl_fast.ops.device import simulated_device
 from trl_fast.settings.batch_layouts import BATCH_LAYOUTS, PADDED
 from trl_fast.trainers.base.model_setup import set_up_layers
@@ -66,6 +67,8 @@ def meta_model(setup: TrainingSetup, layers: int | None = None, *, classifier: b
     else:
         attach_scoring(model)
         model.trl_fast_fused_head = setup.fused_head
+    if setup.system != OURS:
+        changes_of(model).undo(UPCAST)
     if setup.quantization is not None:
         quantize(model, setup.quantization, setup.nested_quantization)
     return model.train()
