@@ -139,13 +139,13 @@ void attend_block(const AttentionArgs& args, const Softmax& state, const Tile& t
     if (!seen.any) continue;
     const Columns at(seen);
     multiply_strip<false>(seen.rows, PlainLeft{state.query + row * stride, stride}, keys + at.begin * args.width,
-                          kTileColumns * args.width, args.width, at.end - at.begin, state.scores + at.begin,
+                          kPanelColumns * args.width, args.width, at.end - at.begin, state.scores + at.begin,
                           kKeyBlock);
     if (args.softcap) cap(args, state.scores, seen, at);
     compute_weights(state, row, seen, at);
     multiply_strip<true>(seen.rows, PlainLeft{state.scores + seen.begin(), kKeyBlock},
-                         values + seen.begin() * kTileColumns, block.tokens * kTileColumns, seen.end() - seen.begin(),
-                         state.columns, state.out + row * state.columns, state.columns);
+                         values + seen.begin() * kPanelColumns, block.tokens * kPanelColumns,
+                         seen.end() - seen.begin(), state.columns, state.out + row * state.columns, state.columns);
   }
 }
 
@@ -311,10 +311,10 @@ void compute_tile_weights(const AttentionArgs& args, const Backward& b, const Ti
     const Columns at(seen);
     const int64_t size = at.end - at.begin;
     multiply_strip<false>(seen.rows, PlainLeft{b.query + row * b.key_columns, b.key_columns},
-                          block.keys + at.begin * args.width, kTileColumns * args.width, args.width, size,
+                          block.keys + at.begin * args.width, kPanelColumns * args.width, args.width, size,
                           weights + at.begin, kKeyBlock);
     multiply_strip<false>(seen.rows, PlainLeft{b.grad + row * b.value_columns, b.value_columns},
-                          block.values + at.begin * args.value_width, kTileColumns * args.value_width,
+                          block.values + at.begin * args.value_width, kPanelColumns * args.value_width,
                           args.value_width, size, grad_scores + at.begin, kKeyBlock);
     (args.softcap ? differentiate<true> : differentiate<false>)(args, b, row, seen, at);
   }
@@ -343,7 +343,7 @@ void add_to_queries(const Backward& b, const Tile& tile, const KeyBlock& block, 
     const Seen& seen = b.gradients.seen[row / kStrip];
     if (!seen.any) continue;
     multiply_strip<true>(seen.rows, PlainLeft{b.grad_scores + row * kKeyBlock + seen.begin(), kKeyBlock},
-                         at_work.keys_as_steps + seen.begin() * kTileColumns, block.tokens * kTileColumns,
+                         at_work.keys_as_steps + seen.begin() * kPanelColumns, block.tokens * kPanelColumns,
                          seen.end() - seen.begin(), b.key_columns, b.gradients.query + row * b.key_columns,
                          b.key_columns);
   }

@@ -18,8 +18,11 @@ using trl_fast::kKeyBlock;
 
 // Rows of a strip: a tile of sums has so many.
 constexpr int64_t kStrip = kTileRows < trl_fast::kMostStripRows ? 4 : trl_fast::kMostStripRows;
-static_assert(kKeyBlock % kTileColumns == 0 && kKeyBlock % kStrip == 0 && kStrip <= kTileRows);
-static_assert(trl_fast::kMostPanelKeys % kTileColumns == 0);
+// Columns of packed keys and values, and of a tile.
+constexpr int kPanelVectors = 2;
+constexpr int64_t kPanelColumns = kPanelVectors * kWidth;
+static_assert(kKeyBlock % kPanelColumns == 0 && kKeyBlock % kStrip == 0 && kStrip <= kTileRows);
+static_assert(trl_fast::kMostPanelKeys % kPanelColumns == 0);
 // e^x for x <= 80 as 2^(x log2 e), in fewer steps than exp_vec: a polynomial (Cephes exp2f) of the part behind the
 // nearest integer. Its relative error grows to |x| / 2^24, which no longer counts where e^x is small beside e^0. What
 // is below the normal range gives 0; NaN stays NaN.
@@ -38,7 +41,7 @@ inline Vec weight_vec(Vec x) {
   return exponent < splat(-126.0f) ? Vec{} : p * power;
 }
 
-inline int64_t whole_panels(int64_t columns) { return (columns + kTileColumns - 1) / kTileColumns * kTileColumns; }
+inline int64_t whole_panels(int64_t columns) { return (columns + kPanelColumns - 1) / kPanelColumns * kPanelColumns; }
 
 // Gives pieces of a worker's scratch memory, each from a cache line's begin on; without memory, it counts.
 struct Room {
@@ -68,7 +71,7 @@ struct TransposedLeft {
   TransposedLeft from(int64_t step) const { return {data + step * stride, stride}; }
 };
 
-// Computes out (rows, columns) = left @ right or adds that to it, in whole vectors; right: panels of kTileColumns
+// Computes out (rows, columns) = left @ right or adds that to it, in whole vectors; right: panels of kPanelColumns
 // columns that are panel_stride apart, from the first step on. Of kStrip rows as many are computed as a half, a
 // quarter or all of them hold.
 template <bool kAdds, int kRows = kStrip, typename Left>
@@ -79,10 +82,10 @@ inline void multiply_strip(int64_t rows, Left left, const float* right, int64_t 
       return multiply_strip<kAdds, kRows / 2>(rows, left, right, panel_stride, steps, columns, out, out_stride);
     }
   }
-  for (; columns >= kTileColumns; columns -= kTileColumns, right += panel_stride, out += kTileColumns) {
-    multiply_tile<kRows, kAdds>(left, right, steps, out, out_stride);
+  for (; columns >= kPanelColumns; columns -= kPanelColumns, right += panel_stride, out += kPanelColumns) {
+    multiply_tile<kRows, kPanelVectors, kAdds>(left, right, kPanelColumns, steps, out, out_stride);
   }
-  if (columns > 0) multiply_tile<kRows, kAdds, 1>(left, right, steps, out, out_stride);
+  if (columns > 0) multiply_tile<kRows, 1, kAdds>(left, right, kPanelColumns, steps, out, out_stride);
 }
 
 // Steps whose products are summed one after the other; their sums are added up before they are added to others.
@@ -97,14 +100,14 @@ inline void add_product(int64_t rows, Left left, const float* right, int64_t rig
       return add_product<kRows / 2>(rows, left, right, right_stride, steps, columns, out, out_stride);
     }
   }
-  for (int64_t column = 0; column < columns; column += kTileColumns) {
-    float sums[kRows * kTileColumns] = {};
+  for (int64_t column = 0; column < columns; column += kPanelColumns) {
+    float sums[kRows * kPanelColumns] = {};
     for (int64_t step = 0; step < steps; step += kSumSteps) {
-      multiply_tile<kRows, true>(left.from(step), right + step * right_stride + column,
-                                 std::min(kSumSteps, steps - step), sums, kTileColumns, right_stride);
+      multiply_tile<kRows, kPanelVectors, true>(left.from(step), right + step * right_stride + column, right_stride,
+                                                std::min(kSumSteps, steps - step), sums, kPanelColumns);
     }
-    for (int64_t i = 0; i < kRows * kTileColumns; i += kWidth) {
-      float* const to = out + i / kTileColumns * out_stride + column + i % kTileColumns;
+    for (int64_t i = 0; i < kRows * kPanelColumns; i += kWidth) {
+      float* const to = out + i / kPanelColumns * out_stride + column + i % kPanelColumns;
       store(to, load(to) + load(sums + i));
     }
   }
@@ -177,7 +180,7 @@ inline bool look(const AttentionArgs& args, const Tile& tile, const KeyBlock& bl
 // Columns of scores, whole vectors from a panel's begin on, in which a strip sees keys.
 struct Columns {
   int64_t begin, end;
-  explicit Columns(const Seen& seen) : begin(seen.begin() / kTileColumns * kTileColumns), end(padded(seen.end())) {}
+  explicit Columns(const Seen& seen) : begin(seen.begin() / kPanelColumns * kPanelColumns), end(padded(seen.end())) {}
 };
 
 // Puts `hidden` for the scores of keys from `column` on that a row does not see.
@@ -221,12 +224,12 @@ void pack_block(const AttentionHeads& heads, int64_t group, const KeyBlock& bloc
   if constexpr (kAsColumns) {
     const Factor<T> columns = {data, heads.token_stride, 1, block.tokens, width};
     for (int64_t first = 0; first < block.tokens; first += kWidth) {
-      const int64_t inside = first % kTileColumns;
-      pack_lanes(columns.part(first, 0, block.tokens - first, width), kTileColumns,
+      const int64_t inside = first % kPanelColumns;
+      pack_lanes(columns.part(first, 0, block.tokens - first, width), kPanelColumns,
                  to + (first - inside) * width + inside);
     }
   } else {
-    pack_right(Factor<T>{data, 1, heads.token_stride, width, block.tokens}, to);
+    pack_right<kPanelVectors>(Factor<T>{data, 1, heads.token_stride, width, block.tokens}, to);
   }
 }
 

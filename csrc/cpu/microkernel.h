@@ -16,16 +16,14 @@
 
 namespace {
 
-// Sums, a row of `right` and one number of `left` take all but one of AVX-512's 32 and AVX2's 16 registers.
+// Sums, a step of `right` and one number of `left` take all but one of AVX-512's 32 registers, and all of AVX2's 16.
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr int kTileRows = 14;
+constexpr int kTileRows = 14, kTileVectors = 2;
 #elif defined(CPU_CAPABILITY_AVX2)
-constexpr int kTileRows = 6;
+constexpr int kTileRows = 4, kTileVectors = 3;
 #else
-constexpr int kTileRows = 4;
+constexpr int kTileRows = 4, kTileVectors = 2;
 #endif
-static_assert(kTileRows <= kWidth, "pack_left writes a vector a step");
-constexpr int kTileVectors = 2;
 constexpr int kTileColumns = kTileVectors * kWidth;
 
 // ---- the tile
@@ -45,11 +43,14 @@ struct PlainLeft {
 };
 
 // Computes out = left @ right for kRows rows and kVectors vectors of columns, or adds that to `out`.
-// right: (steps, kTileColumns), as pack_right writes it, or with steps that are right_stride apart.
-template <int kRows, bool kAdds, int kVectors = kTileVectors, typename Left>
-inline void multiply_tile(Left left, const float* right, int64_t steps, float* out, int64_t out_stride,
-                          int64_t right_stride = kTileColumns) {
+// right: steps that are right_stride apart.
+template <int kRows, int kVectors, bool kAdds, typename Left>
+inline void multiply_tile(Left left, const float* right, int64_t right_stride, int64_t steps, float* out,
+                          int64_t out_stride) {
   Vec sums[kRows][kVectors] = {};
+  // Counting each step would be two of AVX2's 21 instructions, of which a core that runs two threads may do three a
+  // cycle for each, where 12 multiply-adds take six cycles.
+#pragma GCC unroll 4
   for (int64_t step = 0; step < steps; ++step) {
     Vec columns[kVectors];
     for (int v = 0; v < kVectors; ++v) columns[v] = load(right + step * right_stride + v * kWidth);
@@ -68,34 +69,26 @@ inline void multiply_tile(Left left, const float* right, int64_t steps, float* o
   }
 }
 
-using TileProduct = void (*)(const float* left, int64_t left_stride, const float* right, int64_t steps, float* out,
-                             int64_t out_stride);
+using TileProduct = void (*)(const float* left, const float* right, int64_t steps, float* out, int64_t out_stride);
 
-template <int kRows, bool kAdds>
-void packed_product(const float* left, int64_t, const float* right, int64_t steps, float* out, int64_t out_stride) {
-  multiply_tile<kRows, kAdds>(PackedLeft<kRows>{left}, right, steps, out, out_stride);
+template <int kRows, int kVectors, bool kAdds>
+void packed_product(const float* left, const float* right, int64_t steps, float* out, int64_t out_stride) {
+  multiply_tile<kRows, kVectors, kAdds>(PackedLeft<kRows>{left}, right, kTileColumns, steps, out, out_stride);
 }
 
-template <int kRows, bool kAdds>
-void plain_product(const float* left, int64_t left_stride, const float* right, int64_t steps, float* out,
-                   int64_t out_stride) {
-  multiply_tile<kRows, kAdds>(PlainLeft{left, left_stride}, right, steps, out, out_stride);
+template <bool kAdds, int... kPlaces>
+constexpr std::array<TileProduct, sizeof...(kPlaces)> products_of(std::integer_sequence<int, kPlaces...>) {
+  return {packed_product<kPlaces / kTileVectors + 1, kPlaces % kTileVectors + 1, kAdds>...};
 }
 
-template <bool kAdds, bool kPacked, int... kRows>
-constexpr std::array<TileProduct, sizeof...(kRows)> products_of(std::integer_sequence<int, kRows...>) {
-  return {(kPacked ? packed_product<kRows + 1, kAdds> : plain_product<kRows + 1, kAdds>)...};
-}
-
-// Computes out = left @ right for 1 to kTileRows rows and kTileColumns columns, or adds that to `out`.
+// Computes out = left @ right for 1 to kTileRows rows and 1 to kTileVectors vectors of columns, or adds that to `out`.
 //
-// left: kPacked, a panel that pack_left wrote, left_stride without meaning; else (rows, steps) with rows left_stride
-// apart. right: (steps, kTileColumns), a panel that pack_right wrote.
-template <bool kAdds, bool kPacked = true>
-inline void tile_product(int64_t rows, const float* left, int64_t left_stride, const float* right, int64_t steps,
+// left: a panel that pack_left wrote. right: (steps, kTileColumns), a panel that pack_right<kTileVectors> wrote.
+template <bool kAdds>
+inline void tile_product(int64_t rows, int64_t vectors, const float* left, const float* right, int64_t steps,
                          float* out, int64_t out_stride) {
-  static constexpr auto products = products_of<kAdds, kPacked>(std::make_integer_sequence<int, kTileRows>());
-  products[rows - 1](left, left_stride, right, steps, out, out_stride);
+  static constexpr auto products = products_of<kAdds>(std::make_integer_sequence<int, kTileRows * kTileVectors>());
+  products[(rows - 1) * kTileVectors + vectors - 1](left, right, steps, out, out_stride);
 }
 
 // ---- packing
@@ -121,6 +114,19 @@ inline void transpose(Vec (&rows)[kWidth]) {
   if constexpr (kWidth >= 8) exchange_blocks<4>(rows);
   exchange_blocks<2>(rows);
   exchange_blocks<1>(rows);
+}
+
+// Turns four rows of eight steps into the steps, two a vector.
+inline void transpose_four(Vec (&rows)[4]) {
+  constexpr auto kLanes = std::make_integer_sequence<int, kWidth>();
+  exchange<2>(rows[0], rows[2], kLanes);
+  exchange<2>(rows[1], rows[3], kLanes);
+  exchange<1>(rows[0], rows[1], kLanes);
+  exchange<1>(rows[2], rows[3], kLanes);
+  // Each has a step and the one that is four later.
+  exchange<4>(rows[0], rows[1], kLanes);
+  exchange<4>(rows[2], rows[3], kLanes);
+  std::swap(rows[1], rows[2]);
 }
 
 // The first n numbers from `from` on, 0 after them; all of a vector if n is large enough.
@@ -188,37 +194,83 @@ void pack_lanes(Factor<T> from, int64_t to_stride, float* to) {
   }
 }
 
+// Packs rows that lie, four a panel, by vectors of eight steps; pack_lanes would read each row twice.
+template <typename T>
+void pack_four_rows(Factor<T> from, float* to) {
+  for (int64_t row = 0; row < from.lanes; row += 4, to += 4 * from.steps) {
+    const T* const panel = from.data + row * from.lane_stride;
+    for (int64_t step = 0; step < from.steps; step += kWidth) {
+      const int64_t steps = std::min<int64_t>(kWidth, from.steps - step);
+      Vec rows[4];
+      for (int lane = 0; lane < 4; ++lane) {
+        __builtin_prefetch(panel + (lane + 4) * from.lane_stride + step);
+        rows[lane] = widen_first(panel + lane * from.lane_stride + step, steps);
+      }
+      transpose_four(rows);
+      for (int64_t k = 0; k < steps; k += 2) store(to + (step + k) * 4, rows[k / 2]);
+    }
+  }
+}
+
+// Packs steps that lie, four of their numbers a panel: those of a cache line at a time.
+template <typename T>
+void pack_four_columns(Factor<T> from, float* to) {
+  constexpr int kLine = 16;
+  for (int64_t row = 0; row < from.lanes; row += kLine, to += kLine * from.steps) {
+    for (int64_t step = 0; step < from.steps; ++step) {
+      const T* const line = from.data + step * from.step_stride + row;
+      __builtin_prefetch(line + 4 * kAhead * from.step_stride);
+      for (int lane = 0; lane < kLine; lane += kWidth) {
+        const Vec numbers = widen(line + lane);
+        float* const panel = to + lane * from.steps + step * 4;
+        std::memcpy(panel, &numbers, 4 * sizeof(float));
+        std::memcpy(panel + 4 * from.steps, reinterpret_cast<const float*>(&numbers) + 4, 4 * sizeof(float));
+      }
+    }
+  }
+}
+
 // Packs a left factor of any number of rows: panels of kTileRows rows, the last of what is left, one after the other,
 // each (steps, rows). The panel of row r begins at to + r * steps. Writes kWidth floats beyond the last number.
 template <typename T>
 void pack_left(Factor<T> from, float* to) {
-  for (int64_t row = 0; row < from.lanes; row += kTileRows) {
+  static_assert(kTileRows <= kWidth, "a vector a step is written");
+  int64_t row = 0;
+  if constexpr (kTileRows == 4 && kWidth == 8) {
+    const bool rows_lie = from.step_stride == 1, steps_lie = from.lane_stride == 1;
+    const int64_t several = rows_lie ? 4 : 16;
+    if (rows_lie || steps_lie) row = from.lanes / several * several;
+    const Factor<T> whole = from.part(0, 0, row, from.steps);
+    rows_lie ? pack_four_rows(whole, to) : pack_four_columns(whole, to);
+  }
+  for (; row < from.lanes; row += kTileRows) {
     // A vector's lanes beyond the panel's rows are overwritten by what comes after it.
     const int64_t left = from.lanes - row;
     pack_lanes(from.part(row, 0, left, from.steps), std::min<int64_t>(kTileRows, left), to + row * from.steps);
   }
 }
 
-// Packs a right factor of any number of columns: panels of kTileColumns columns, (steps, kTileColumns) each, with
+// Packs a right factor of any number of columns: panels of kVectors vectors of columns, a step after the other, with
 // zeros for the columns that the last one lacks. The panel of column c begins at to + c * steps.
-template <typename T>
+template <int kVectors, typename T>
 void pack_right(Factor<T> from, float* to) {
-  const int64_t whole = from.lane_stride == 1 ? from.lanes / kTileColumns * kTileColumns : 0;
+  constexpr int64_t kColumns = kVectors * kWidth;
+  const int64_t whole = from.lane_stride == 1 ? from.lanes / kColumns * kColumns : 0;
   // Rows that lie are read as such, a page at a time.
   for (int64_t step = 0; step < from.steps && whole > 0; ++step) {
     const T* const row = from.data + step * from.step_stride;
-    float* const panel = to + step * kTileColumns;
+    float* const panel = to + step * kColumns;
     for (int64_t column = 0; column < whole; column += kWidth) {
-      const int64_t inside = column % kTileColumns;
+      const int64_t inside = column % kColumns;
       __builtin_prefetch(row + kAhead * from.step_stride + column);
       store(panel + (column - inside) * from.steps + inside, widen(row + column));
     }
   }
-  for (int64_t column = whole; column < from.lanes; column += kTileColumns) {
-    for (int v = 0; v < kTileVectors; ++v) {
+  for (int64_t column = whole; column < from.lanes; column += kColumns) {
+    for (int v = 0; v < kVectors; ++v) {
       const int64_t first = column + v * kWidth;
       const int64_t columns = std::clamp<int64_t>(from.lanes - first, 0, kWidth);
-      pack_lanes(from.part(first, 0, columns, from.steps), kTileColumns, to + column * from.steps + v * kWidth);
+      pack_lanes(from.part(first, 0, columns, from.steps), kColumns, to + column * from.steps + v * kWidth);
     }
   }
 }

@@ -15,14 +15,18 @@ using trl_fast::Matrix;
 using trl_fast::MatrixProduct;
 using trl_fast::ProductPart;
 
-// A panel of `right` of so many steps, and most of one of `left`, fit into 48 KiB of first-level cache with AVX-512.
+// A panel of `right` of so many steps, and most of one of `left`, fit into 48 KiB of first-level cache with AVX-512,
+// and into 32 KiB else.
+#if defined(CPU_CAPABILITY_AVX512)
 constexpr int64_t kMostSteps = 320;
+#else
+constexpr int64_t kMostSteps = 256;
+#endif
 // Short sums are cut finer, as they would have no second block otherwise: their error is then that of ATen's.
 constexpr int64_t kShort = 768, kMostStepsOfShort = 192;
 // Rows of `left` and columns of `right` of a block of steps that share 1 MiB of second-level cache.
 constexpr int64_t kPackedRows = 18 * kTileRows;
-constexpr int64_t kPackedColumns = 128;
-static_assert(kPackedColumns % kTileColumns == 0);
+constexpr int64_t kPackedColumns = 128 / kTileColumns * kTileColumns;
 // 8 MiB of packed rows of `left`.
 constexpr int64_t kLeftFloats = int64_t{1} << 21;
 
@@ -88,7 +92,8 @@ void pack_rows(const Matrix& left, int64_t row, int64_t rows, int64_t step, int6
 void pack_columns(const Matrix& right, int64_t column, int64_t columns, int64_t step, int64_t steps, float* to) {
   with_type(right.dtype, [&](auto* null) {
     const auto* data = static_cast<decltype(null)>(const_cast<void*>(right.data));
-    pack_right(Factor{data, right.column_stride, right.row_stride, 0, 0}.part(column, step, columns, steps), to);
+    pack_right<kTileVectors>(
+        Factor{data, right.column_stride, right.row_stride, 0, 0}.part(column, step, columns, steps), to);
   });
 }
 
@@ -103,7 +108,7 @@ template <bool kAdds>
 void multiply_edge(int64_t rows, int64_t columns, const float* left, const float* right, int64_t steps, float* out,
                    int64_t stride) {
   float tile[kTileRows * kTileColumns];
-  tile_product<false>(rows, left, 0, right, steps, tile, kTileColumns);
+  tile_product<false>(rows, divided_up(columns, kWidth), left, right, steps, tile, kTileColumns);
   for (int64_t row = 0; row < rows; ++row) {
     float* const to = out + row * stride;
     const float* const from = tile + row * kTileColumns;
@@ -124,11 +129,11 @@ void multiply_packed(int64_t rows, int64_t columns, const float* left, const flo
         const float* const l = left + row * steps;
         const float* const r = right + column * steps;
         float* const to = out + row * stride + column;
-        if (width < kTileColumns) {
+        if (width % kWidth != 0) {
           multiply_edge<kAdds>(height, width, l, r, steps, to, stride);
         } else {
           prefetch_tile(to, stride, height);
-          tile_product<kAdds>(height, l, 0, r, steps, to, stride);
+          tile_product<kAdds>(height, width / kWidth, l, r, steps, to, stride);
         }
       }
     }

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows, columns, steps: no, one, odd and whole tiles, and more than one block of each.
 SHAPES = [(0, 5, 7), (5, 0, 7), (5, 7, 0), (1, 1, 1), (1, 33, 300), (14, 32, 16), (15, 31, 17), (29, 300, 513)]
-SHAPES += [(700, 65, 600), (30, 19, 2000), (1, 257, 40)]
+SHAPES += [(700, 65, 600), (30, 19, 2000), (1, 257, 40), (33, 40, 24)]
 # How a factor lies: in rows, in columns, in rows with gaps, with gaps everywhere.
 LAYOUTS = ("rows", "columns", "gaps", "strided")
 

@@ -156,10 +156,10 @@ def _ask(device: torch.device) -> DeviceFacts:
 
 
 def _has_own_products() -> bool:
-    """Returns whether our products are faster: with AVX-512, but not on Intel's CPUs, whose library ATen calls.
+    """Returns whether our products are faster: with AVX-512 or AVX2, but not on Intel's CPUs.
 
-    On others that library, MKL, takes kernels of AVX2. Where the CPU has no more, neither is clearly the faster
-    one in whole steps. TRL_FAST_OWN_PRODUCTS decides otherwise.
+    There ATen calls Intel's library, MKL, which takes kernels of AVX2 on other CPUs. TRL_FAST_OWN_PRODUCTS decides
+    otherwise.
 
     Raises:
         ValueError: the variable is neither 0 nor 1.
@@ -169,7 +169,7 @@ def _has_own_products() -> bool:
         raise ValueError(f"{OWN_PRODUCTS}={forced}: expected 0 or 1")
     if forced:
         return forced == "1"
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and not _is_intel()
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512") and not _is_intel()
 
 
 def _is_intel() -> bool:
