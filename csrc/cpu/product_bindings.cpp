@@ -3,6 +3,7 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 #include <new>
@@ -55,36 +56,64 @@ float* thread_scratch(int64_t floats) {
 
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Parts of a product: bands of rows times bands of columns, of whole tiles.
-struct Grid {
-  int64_t bands, columns;            // how many
-  int64_t band_tiles, column_tiles;  // of each, at most
+// How threads share a product: bands of rows, each computed by a team of threads; or, where a team is one thread, more
+// bands than threads, which they take in turn.
+struct Sharing {
+  int64_t bands, band_tiles, team;
 
-  ProductPart part(int64_t index, const MatrixProduct& product, const ProductKernels& kernels) const {
-    const int64_t height = band_tiles * kernels.tile_rows, width = column_tiles * kernels.tile_columns;
-    const int64_t row = index / columns * height, column = index % columns * width;
-    return {row, column, std::min(height, product.rows - row), std::min(width, product.columns - column)};
+  ProductPart part(int64_t band, const MatrixProduct& product, const ProductKernels& kernels) const {
+    const int64_t height = band_tiles * kernels.tile_rows, row = band * height;
+    return {row, 0, std::min(height, product.rows - row), product.columns};
   }
 };
 
-// The grid of at most `threads` parts whose largest is smallest; of several such, the one that packs least.
-Grid grid_of(const MatrixProduct& product, const ProductKernels& kernels, int64_t threads) {
+// Bands for each thread that takes whole ones.
+constexpr int64_t kBandsOfThread = 4;
+
+// The sharing in which a thread packs least: all rows of its bands, and of the columns what it takes, or all of them
+// for each band.
+Sharing sharing_of(const MatrixProduct& product, const ProductKernels& kernels, int64_t threads) {
   const int64_t tiles = divided_up(product.rows, kernels.tile_rows);
-  const int64_t column_tiles = divided_up(product.columns, kernels.tile_columns);
-  Grid best = {};
-  int64_t best_work = 0, best_packing = 0;
-  for (int64_t bands = 1; bands <= std::min(threads, tiles); ++bands) {
+  if (threads == 1) return {1, tiles, 1};
+  const auto of_bands = [&](int64_t bands, int64_t team) {
     const int64_t band_tiles = divided_up(tiles, bands);
-    const int64_t width = divided_up(column_tiles, std::max<int64_t>(1, threads / bands));
-    const int64_t work = band_tiles * width;
-    const int64_t packing = band_tiles * kernels.tile_rows + width * kernels.tile_columns;
-    if (bands == 1 || work < best_work || (work == best_work && packing < best_packing)) {
-      best = {divided_up(tiles, band_tiles), divided_up(column_tiles, width), band_tiles, width};
-      best_work = work;
-      best_packing = packing;
+    return Sharing{divided_up(tiles, band_tiles), band_tiles, team};
+  };
+  Sharing best = of_bands(kBandsOfThread * threads, 1);
+  int64_t least = product.rows / threads + kBandsOfThread * product.columns;
+  for (int64_t bands = 1; bands <= std::min(threads / 2, tiles); ++bands) {
+    const int64_t team = threads / bands, packed = product.rows / bands + product.columns / team;
+    if (bands * team == threads && packed < least) {
+      best = of_bands(bands, team);
+      least = packed;
     }
   }
   return best;
+}
+
+// Multiplies with several threads.
+void multiply(const MatrixProduct& product, const ProductKernels& kernels, const Sharing& sharing, int64_t threads) {
+  const bool teams = sharing.team > 1;
+  // Counts taken columns of each band's chunks of rows, or taken bands.
+  const int64_t chunks = teams ? kernels.row_chunks(product, sharing.part(0, product, kernels)) : 1;
+  const auto taken = std::make_unique<std::atomic<int64_t>[]>(teams ? sharing.bands * chunks : 1);
+  const auto run = [&](int64_t band, const SharedColumns* shared) {
+    const ProductPart part = sharing.part(band, product, kernels);
+    kernels.multiply(product, part, shared, thread_scratch(kernels.scratch_floats(product, part, shared)));
+  };
+  at::parallel_for(0, teams ? sharing.bands * sharing.team : threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      if (teams) {
+        const int64_t band = thread / sharing.team;
+        const SharedColumns shared = {taken.get() + band * chunks, sharing.team};
+        run(band, &shared);
+      } else {
+        for (int64_t band; (band = taken[0].fetch_add(1, std::memory_order_relaxed)) < sharing.bands;) {
+          run(band, nullptr);
+        }
+      }
+    }
+  });
 }
 
 Matrix matrix_of(const at::Tensor& tensor, const char* name) {
@@ -118,13 +147,8 @@ void product(const at::Tensor& left, const at::Tensor& right, at::Tensor out, bo
   const MatrixProduct args = {l, r, rows, columns, steps, out.mutable_data_ptr(), dtype, stride, accumulate};
   const ProductKernels& kernels = product_kernels();
   const int64_t worth = static_cast<int64_t>(static_cast<double>(rows) * columns * steps / kTaskProducts);
-  const Grid grid = grid_of(args, kernels, std::clamp<int64_t>(worth, 1, at::get_num_threads()));
-  at::parallel_for(0, grid.bands * grid.columns, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t index = begin; index < end; ++index) {
-      const ProductPart part = grid.part(index, args, kernels);
-      kernels.multiply(args, part, thread_scratch(kernels.scratch_floats(args, part)));
-    }
-  });
+  const int64_t threads = std::clamp<int64_t>(worth, 1, at::get_num_threads());
+  multiply(args, kernels, sharing_of(args, kernels, threads), threads);
 }
 
 void add_widened(const at::Tensor& part, at::Tensor total) {

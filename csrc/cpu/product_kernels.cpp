@@ -14,6 +14,7 @@ using trl_fast::Dtype;
 using trl_fast::Matrix;
 using trl_fast::MatrixProduct;
 using trl_fast::ProductPart;
+using trl_fast::SharedColumns;
 
 // A panel of `right` of so many steps, and most of one of `left`, fit into 48 KiB of first-level cache with AVX-512,
 // and into 32 KiB else.
@@ -26,7 +27,7 @@ constexpr int64_t kMostSteps = 256;
 constexpr int64_t kShort = 768, kMostStepsOfShort = 192;
 // Rows of `left` and columns of `right` of a block of steps that share 1 MiB of second-level cache.
 constexpr int64_t kPackedRows = 18 * kTileRows;
-constexpr int64_t kPackedColumns = 128 / kTileColumns * kTileColumns;
+constexpr int64_t kPackedColumns = int64_t{128} / kTileColumns * kTileColumns;
 // 8 MiB of packed rows of `left`.
 constexpr int64_t kLeftFloats = int64_t{1} << 21;
 
@@ -34,7 +35,7 @@ constexpr int64_t kLeftFloats = int64_t{1} << 21;
 struct Cut {
   int64_t blocks;          // of steps
   int64_t blocks_at_once;  // of packed rows
-  int64_t rows_at_once;
+  int64_t rows_at_once, row_chunks;
   int64_t left_floats, right_floats, sum_floats;
 
   // The first step of a block: they are as even as they can be.
@@ -45,7 +46,7 @@ struct Cut {
 
 int64_t divided_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-Cut cut_of(const MatrixProduct& product, const ProductPart& part) {
+Cut cut_of(const MatrixProduct& product, const ProductPart& part, bool shared) {
   Cut cut = {};
   cut.blocks =
       std::max<int64_t>(1, divided_up(product.steps, product.steps > kShort ? kMostSteps : kMostStepsOfShort));
@@ -53,20 +54,26 @@ Cut cut_of(const MatrixProduct& product, const ProductPart& part) {
   // Sums that are rounded in the end are not written in between.
   const bool rounds = product.out_dtype != Dtype::kFloat32;
   const int64_t wanted = std::max<int64_t>(1, kLeftFloats / (block_steps * std::min<int64_t>(part.rows, 2048)));
-  cut.blocks_at_once = rounds ? cut.blocks : std::min(cut.blocks, wanted);
+  // Nor those to which another thread would add.
+  cut.blocks_at_once = rounds || shared ? cut.blocks : std::min(cut.blocks, wanted);
   const int64_t most_rows = std::max<int64_t>(kTileRows, kLeftFloats / (cut.blocks_at_once * block_steps));
   // In equal parts of whole tiles: columns of `right` are packed once for each.
   const int64_t even_rows = divided_up(part.rows, divided_up(part.rows, most_rows));
   cut.rows_at_once = std::min(part.rows, divided_up(even_rows, kTileRows) * kTileRows);
+  cut.row_chunks = divided_up(part.rows, cut.rows_at_once);
   cut.left_floats = padded(cut.rows_at_once * cut.blocks_at_once * block_steps) + kWidth;
   cut.right_floats = kPackedColumns * block_steps;
   cut.sum_floats = rounds ? cut.rows_at_once * kPackedColumns : 0;
   return cut;
 }
 
-int64_t scratch_floats(const MatrixProduct& product, const ProductPart& part) {
-  const Cut cut = cut_of(product, part);
+int64_t scratch_floats(const MatrixProduct& product, const ProductPart& part, bool shared) {
+  const Cut cut = cut_of(product, part, shared);
   return cut.left_floats + cut.right_floats + cut.sum_floats;
+}
+
+int64_t row_chunks(const MatrixProduct& product, const ProductPart& part) {
+  return cut_of(product, part, true).row_chunks;
 }
 
 // Calls f with a null pointer to a matrix's type.
@@ -182,22 +189,40 @@ void multiply_columns(const MatrixProduct& product, const Cut& cut, const Produc
   });
 }
 
-void multiply(const MatrixProduct& product, const ProductPart& part, float* memory) {
-  const Cut cut = cut_of(product, part);
+// Calls f(first, width) for columns that no other thread computes, a few at a time: fewer when few are left, so that
+// threads end together.
+template <typename F>
+void for_columns(int64_t columns, int64_t chunk, const SharedColumns* shared, F f) {
+  std::atomic<int64_t> own{0};
+  std::atomic<int64_t>& taken = shared ? shared->taken[chunk] : own;
+  int64_t first = taken.load(std::memory_order_relaxed);
+  while (first < columns) {
+    const int64_t left = columns - first;
+    int64_t width = kPackedColumns;
+    if (shared) width = std::clamp(divided_up(left, 2 * shared->threads), int64_t{2} * kTileColumns, kPackedColumns);
+    width = std::min(left, width / kTileColumns * kTileColumns);
+    if (taken.compare_exchange_weak(first, first + width, std::memory_order_relaxed)) {
+      f(first, width);
+      first = taken.load(std::memory_order_relaxed);
+    }
+  }
+}
+
+void multiply(const MatrixProduct& product, const ProductPart& part, const SharedColumns* shared, float* memory) {
+  const Cut cut = cut_of(product, part, shared != nullptr);
   const Scratch scratch = {memory + cut.right_floats + cut.sum_floats, memory, memory + cut.right_floats};
   for (int64_t block = 0; block < cut.blocks; block += cut.blocks_at_once) {
     const int64_t last = std::min(cut.blocks, block + cut.blocks_at_once);
     const int64_t first_step = Cut::step(product, cut.blocks, block);
-    for (int64_t r = 0; r < part.rows; r += cut.rows_at_once) {
-      const int64_t rows = std::min(cut.rows_at_once, part.rows - r);
+    for (int64_t chunk = 0; chunk < cut.row_chunks; ++chunk) {
+      const int64_t r = chunk * cut.rows_at_once, rows = std::min(cut.rows_at_once, part.rows - r);
       for (int64_t b = block; b < last; ++b) {
         const int64_t step = Cut::step(product, cut.blocks, b), stop = Cut::step(product, cut.blocks, b + 1);
         pack_rows(product.left, part.row + r, rows, step, stop - step, scratch.left + rows * (step - first_step));
       }
-      for (int64_t c = 0; c < part.columns; c += kPackedColumns) {
-        const int64_t columns = std::min(kPackedColumns, part.columns - c);
-        multiply_columns(product, cut, {part.row + r, part.column + c, rows, columns}, block, last, scratch);
-      }
+      for_columns(part.columns, chunk, shared, [&](int64_t column, int64_t columns) {
+        multiply_columns(product, cut, {part.row + r, part.column + column, rows, columns}, block, last, scratch);
+      });
     }
   }
 }
@@ -220,7 +245,7 @@ void add(const Matrix& part, int64_t rows, int64_t columns, float* total, int64_
 namespace trl_fast {
 
 extern const ProductKernels TRL_FAST_JOIN(kProductKernels, CPU_CAPABILITY);
-const ProductKernels TRL_FAST_JOIN(kProductKernels, CPU_CAPABILITY) = {kTileRows, kTileColumns, scratch_floats,
-                                                                       multiply, add};
+const ProductKernels TRL_FAST_JOIN(kProductKernels, CPU_CAPABILITY) = {kTileRows, scratch_floats, row_chunks, multiply,
+                                                                       add};
 
 }  // namespace trl_fast

@@ -4,6 +4,8 @@
 // torch headers.
 #pragma once
 
+#include <atomic>
+
 #include "row_types.h"
 
 namespace trl_fast {
@@ -30,19 +32,28 @@ struct MatrixProduct {
   bool adds;
 };
 
-// A part of `out`, which a thread computes.
+// A part of `out`, which one thread computes or several.
 struct ProductPart {
   int64_t row, column;  // the first
   int64_t rows, columns;
 };
 
+// Columns of a part that several threads compute: each packs all of its rows, and takes some columns that no other has
+// taken until none are left. A core may be slower than another for a while, when it runs a second thread.
+struct SharedColumns {
+  std::atomic<int64_t>* taken;  // for each of the part's chunks of rows, how many; 0 at first
+  int64_t threads;
+};
+
 struct ProductKernels {
-  // What a part should have a multiple of.
-  int64_t tile_rows, tile_columns;
-  // Floats of memory that a part takes meanwhile.
-  int64_t (*scratch_floats)(const MatrixProduct&, const ProductPart&);
-  // `scratch` is aligned to 64 bytes.
-  void (*multiply)(const MatrixProduct&, const ProductPart&, float* scratch);
+  // What the rows of a part should be a multiple of.
+  int64_t tile_rows;
+  // Floats of memory that each thread of a part takes meanwhile; `shared`: if there are several.
+  int64_t (*scratch_floats)(const MatrixProduct&, const ProductPart&, bool shared);
+  // Chunks of rows of a part that several threads compute.
+  int64_t (*row_chunks)(const MatrixProduct&, const ProductPart&);
+  // Computes a part, or with `shared` as much of it as other threads leave. `scratch` is aligned to 64 bytes.
+  void (*multiply)(const MatrixProduct&, const ProductPart&, const SharedColumns* shared, float* scratch);
   // total (rows, columns) += the first rows and columns of `part`, in one pass. Rows of both are contiguous.
   void (*add)(const Matrix& part, int64_t rows, int64_t columns, float* total, int64_t total_stride);
 };

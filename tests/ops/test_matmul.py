@@ -158,17 +158,22 @@ def test_bits_do_not_depend_on_the_shape_around_them(dtype):
     assert torch.equal(turned, whole)
 
 
-def test_bits_do_not_depend_on_the_number_of_threads():
-    left, right = laid_out("rows", 333, 900, 0), laid_out("rows", 900, 450, 1)
+# Threads share columns; rows are packed in two chunks; threads take bands of rows.
+@pytest.mark.parametrize("rows, columns, steps", [(333, 450, 900), (600, 100, 4000), (3000, 24, 100)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(rows, columns, steps, dtype):
+    left, right = laid_out("rows", rows, steps, 0, dtype), laid_out("rows", steps, columns, 1, dtype)
     before = torch.get_num_threads()
     try:
         results = []
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            results.append(mm_into(torch.full((333, 450), float("nan")), left, right))
+            results.append(mm_into(torch.full((rows, columns), float("nan"), dtype=dtype), left, right))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], result) for result in results[1:])
+    exact = left.double() @ right.double()
+    assert (results[0].double() - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
 
 
 def test_what_is_beside_the_result_stays():
