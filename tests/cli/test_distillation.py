@@ -1,4 +1,4 @@
-"""`trl-fast distillation` and `trl-fast gkd`, as a person runs them."""
+"""`trl-fast distillation`, `trl-fast gkd` and `trl-fast gold`, as a person runs them."""
 
 import json
 import shlex
@@ -15,7 +15,11 @@ SETTINGS = shlex.split(
     "--per_device_train_batch_size 2 --max_steps 2 --logging_steps 1 --use_cpu true --bf16 false --report_to none "
     "--dataloader_pin_memory false --learning_rate 1e-3 --gradient_accumulation_steps 2"
 )
-LENGTHS = {"distillation": "--max_completion_length", "gkd": "--max_new_tokens"}
+LENGTHS = {
+    "distillation": "--max_completion_length",
+    "gkd": "--max_new_tokens",
+    "gold": "--max_completion_length",
+}
 
 
 @pytest.fixture(scope="session")
@@ -76,6 +80,7 @@ def test_one_step_and_a_preview(run, model_path, tmp_path, capsys):
     [
         ("distillation", ["--beta", "1.5"], "beta: expected a finite number in [0, 1], got 1.5"),
         ("distillation", ["--teacher_top_k", "5000"], "teacher_top_k=5000 is more than the"),
+        ("gold", ["--use_uld_loss", "true", "--seq_kd", "true"], "seq_kd=True with use_uld_loss=True"),
         ("gkd", ["--lmbda", "-1"], "lmbda: expected a finite number in [0, 1], got -1.0"),
     ],
 )

@@ -70,7 +70,6 @@ def test_every_way_of_importing(installed):
         ("from trl import NashMDTrainer", "subclass of OnlineDPOTrainer; neither TRL 1.16"),
         ("import trl.experimental.nash_md", "use OnlineDPOTrainer"),
         ("from trl.experimental.judges import PairRMJudge", "judges: TRL had it until 0.28"),
-        ("import trl.experimental.gold", "models of different tokenizers, whose tokens it aligns first"),
         (
             "from trl.experimental.harbor import HarborSpec",
             "the package harbor's tasks, .* import it from TRL itself",

@@ -34,6 +34,8 @@ from trl_fast.data import (
     prepare_sft_dataset,
     prepare_unpaired_dataset,
 )
+from trl_fast.data.joined_text import tokenize_joined
+from trl_fast.data.prompt_completion import prepare_given_completions, split_conversations
 from trl_fast.data.prompt_only import prepare_prompt_dataset
 from trl_fast.data.teacher_prompts import prepare_teacher_prompts
 from trl_fast.losses.a2po import a2po_loss, optimal_values
@@ -76,6 +78,9 @@ PREPARES = {
     "online_dpo": prepare_prompt_dataset,
     "a2po": prepare_prompt_dataset,
     "distillation": prepare_prompt_dataset,
+    "gold": lambda rows, tokenizer: prepare_given_completions(
+        split_conversations(rows), tokenizer, tokenize=tokenize_joined
+    ),
     "sdft": lambda rows, tokenizer: prepare_teacher_prompts(
         prepare_prompt_dataset(rows, tokenizer), tokenizer, template="{prompt} {privileged_context}"
     ),

@@ -69,6 +69,8 @@ def test_every_method_can_be_planned():
         ("rloo", {"beta": 0.0}, [PROMPTS_STAGE, GENERATION_STAGE, OLD_STAGE]),
         ("distillation", {}, [PROMPTS_STAGE, GENERATION_STAGE, TEACHER_STAGE]),
         ("gkd", {"generates": False, "lora_r": 4}, [TEACHER_STAGE]),
+        ("gold", {}, [PROMPTS_STAGE, GENERATION_STAGE, TEACHER_STAGE]),
+        ("gold", {"use_uld_loss": True, "generates": False}, [TEACHER_STAGE]),
         ("sdft", {}, [PROMPTS_STAGE, GENERATION_STAGE, TEACHER_STAGE]),
         ("sdft", {"lora_r": 4, "distillation_mode": "full_logits"}, [PROMPTS_STAGE, GENERATION_STAGE, TEACHER_STAGE]),
         ("sdft", {"teacher_model_kind": "live", "num_iterations": 2, "generates": False}, [OLD_STAGE, TEACHER_STAGE]),

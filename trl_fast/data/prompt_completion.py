@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from .conversation_checks import named_template_errors
@@ -44,14 +45,16 @@ def prepare_given_completions(
     image_reader: ImageReader | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     max_length: int | None = None,
+    tokenize: Callable[..., dict[str, list[int]]] = tokenize_unpaired,
     num_proc: int | None = None,
     name: str = "train",
 ) -> AnyDataset:
     """Returns the dataset with the token ids of `prompt` and `completion` in `prompt_ids` and `completion_ids`.
 
-    They are tokenized together, as in `tokenization.tokenize_unpaired`. All other columns stay.
+    They are tokenized together. All other columns stay.
 
     image_reader: as in `prompt_only.prepare_prompt_dataset`. max_length: longer rows lose their prompt's beginning.
+    tokenize: from a row without images and the tokenizer to both columns.
 
     Raises:
         ValueError: there are no rows, a column is missing, or a row cannot be used; names the row.
@@ -71,6 +74,7 @@ def prepare_given_completions(
         "processing_class": processing_class,
         "template_kwargs": chat_template_kwargs or {},
         "max_length": max_length,
+        "tokenize": tokenize,
         "name": name,
     }
     return map_rows(dataset, _tokenize_row, options, image_reader, num_proc, f"Tokenizing {name} dataset")
@@ -95,6 +99,7 @@ def _tokenize_row(
     processing_class: PreTrainedTokenizerBase,
     template_kwargs: dict[str, Any],
     max_length: int | None,
+    tokenize: Callable[..., dict[str, list[int]]],
     name: str,
     image_reader: ImageReader | None = None,
 ) -> dict[str, list[int]]:
@@ -107,7 +112,7 @@ def _tokenize_row(
         prompt_ids, (completion_ids,) = tokenize_with_images(example, ("completion",), image_reader, row, name)
     else:
         with named_template_errors(example, processing_class, row, name):
-            prompt_ids, completion_ids = tokenize_unpaired(example, processing_class).values()
+            prompt_ids, completion_ids = tokenize(example, processing_class).values()
     if not completion_ids:
         raise ValueError(f"{place(name, row)}, column 'completion': it has no tokens. {remove_rows('completion')}")
     left = len(prompt_ids) if max_length is None else max_length - len(completion_ids)

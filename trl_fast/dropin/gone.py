@@ -37,8 +37,6 @@ _ASYNCHRONOUS = (
 _EXPERIMENTS = {
     "async_distillation": _ASYNCHRONOUS.format(", and asks a second one for the teacher", "DistillationTrainer"),
     "async_grpo": _ASYNCHRONOUS.format("", "GRPOTrainer"),
-    "gold": "it compares models of different tokenizers, whose tokens it aligns first; trl_fast compares predictions "
-    "over one vocabulary: choose a teacher that has the student's tokenizer, or run the script with TRL itself",
     "harbor": _ADAPTER.format("harbor"),
     "iw_opd": "it weighs a policy gradient on sampled tokens by what the teacher says of them, on data, arguments and "
     "teacher servers of its own, as DistillationTrainer's were before TRL 1.16; use DistillationTrainer with lmbda=1, "

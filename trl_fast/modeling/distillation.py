@@ -10,6 +10,7 @@ Where a head is not understood, both models give logits of their own: slower, an
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -101,8 +102,78 @@ class DivergenceSettings:
     outputs: tuple[str, ...] = ("divergence", "entropy")
 
 
+class TwoHeads(ABC):
+    """Compares a student's head with its teacher's, both of them whole.
+
+    teacher: its states; head: the user's settings of the head.
+    """
+
+    teacher: TeacherStates
+    head: HeadOptions
+
+    @abstractmethod
+    def compare_heads(
+        self,
+        model: PreTrainedModel,
+        states: torch.Tensor,
+        head: HeadParameters,
+        teacher_states: torch.Tensor,
+        teacher_head: HeadParameters,
+        options: HeadOptions,
+    ) -> dict[str, torch.Tensor]:
+        """Returns what is found, by name, of states (N, H) of the student, `model`, and (N', H') of its teacher."""
+
+    def check_states(self) -> None:
+        """Checks that there are hidden states of the teacher.
+
+        Raises:
+            ValueError: it gave logits.
+        """
+        if self.teacher.hidden is None:
+            raise ValueError("the teacher gave logits of its own, so the student has to do the same")
+
+    def of_head(
+        self, model: PreTrainedModel, num_tokens: int, states: torch.Tensor, head: HeadParameters
+    ) -> dict[str, torch.Tensor]:
+        """Returns the loss and the scores, by name, of hidden states (N, H) and the student's head, which is whole."""
+        options = with_workspace(self.head, model, head, states, num_tokens)
+        assert self.teacher.hidden is not None, "it is looked at before"
+        known = head if self.teacher.has_head_of(model) else self.teacher.head
+        if known is not None:
+            return self._compared(model, states, head, self.teacher.hidden, known, options)
+        found: dict[str, torch.Tensor] = {}
+        has_gradient = torch.is_grad_enabled()
+
+        def read(teacher_states: torch.Tensor, teacher_head: HeadParameters) -> dict[str, torch.Tensor]:
+            with torch.set_grad_enabled(has_gradient):
+                found.update(self._compared(model, states, head, teacher_states, teacher_head, options))
+            return {}
+
+        with torch.no_grad(), (self.teacher.scope or nullcontext)():
+            call_head(self.teacher.model, read, self.teacher.hidden)
+        return found
+
+    def _compared(
+        self,
+        model: PreTrainedModel,
+        states: torch.Tensor,
+        head: HeadParameters,
+        teacher_states: torch.Tensor,
+        teacher_head: HeadParameters,
+        options: HeadOptions,
+    ) -> dict[str, torch.Tensor]:
+        """Compares both where they are on one device."""
+        own, other = head.weight.device, teacher_head.weight.device
+        if own != other:
+            raise ValueError(
+                f"teacher_model: its head is on {other}, the student's on {own}; place both on one device by "
+                "device_map"
+            )
+        return self.compare_heads(model, states, head, teacher_states, teacher_head, options)
+
+
 @dataclass(frozen=True)
-class ReadDivergence:
+class ReadDivergence(TwoHeads):
     """Computes the divergence of a student from a teacher's states of the same positions.
 
     weights: (N,) float32, the weight of each row in the loss; rows of weight 0 are left out.
@@ -123,37 +194,7 @@ class ReadDivergence:
         found = call_head(model, partial(self.of_head, model, num_tokens), hidden)
         return DivergenceLoss(found.pop("loss"), DivergenceScores(**found))
 
-    def check_states(self) -> None:
-        """Checks that there are hidden states of the teacher.
-
-        Raises:
-            ValueError: it gave logits.
-        """
-        if self.teacher.hidden is None:
-            raise ValueError("the teacher gave logits of its own, so the student has to do the same")
-
-    def of_head(
-        self, model: PreTrainedModel, num_tokens: int, states: torch.Tensor, head: HeadParameters
-    ) -> dict[str, torch.Tensor]:
-        """Returns the loss and the scores, by name, of hidden states (N, H) and the student's head, which is whole."""
-        options = with_workspace(self.head, model, head, states, num_tokens)
-        assert self.teacher.hidden is not None, "it is looked at before"
-        known = head if self.teacher.has_head_of(model) else self.teacher.head
-        if known is not None:
-            return self._divergence(model, states, head, self.teacher.hidden, known, options)
-        found: dict[str, torch.Tensor] = {}
-        has_gradient = torch.is_grad_enabled()
-
-        def read(teacher_states: torch.Tensor, teacher_head: HeadParameters) -> dict[str, torch.Tensor]:
-            with torch.set_grad_enabled(has_gradient):
-                found.update(self._divergence(model, states, head, teacher_states, teacher_head, options))
-            return {}
-
-        with torch.no_grad(), (self.teacher.scope or nullcontext)():
-            call_head(self.teacher.model, read, self.teacher.hidden)
-        return found
-
-    def _divergence(
+    def compare_heads(
         self,
         model: PreTrainedModel,
         states: torch.Tensor,
@@ -162,12 +203,8 @@ class ReadDivergence:
         teacher_head: HeadParameters,
         options: HeadOptions,
     ) -> dict[str, torch.Tensor]:
+        """Returns the loss and the scores, by name, of states (N, H) and (N, H')."""
         device = head.weight.device
-        if teacher_head.weight.device != device:
-            raise ValueError(
-                f"teacher_model: its head is on {teacher_head.weight.device}, the student's on {device}; place both "
-                "on one device by device_map"
-            )
         own, given = head_transform(model.config), head_transform(self.teacher.model.config)
         settings = self.settings
         loss, scores = linear_divergence(

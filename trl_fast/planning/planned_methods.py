@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from trl_fast.data import TokenBatch
+from trl_fast.data.aligned_tokens import SpanRows
 from trl_fast.data.unpaired_preference import BOTH
 from trl_fast.lazy_imports import import_place
 from trl_fast.losses.bco import BCOLossConfig
@@ -25,14 +26,17 @@ from trl_fast.losses.kto import KTOLossConfig
 from trl_fast.losses.policy_gradient import PolicyLossConfig
 from trl_fast.losses.reference_free import CPOLossConfig, ORPOLossConfig, TPOLossConfig
 from trl_fast.losses.sft import nll_loss
+from trl_fast.losses.uld import SortedDistance
 from trl_fast.modeling.classifier_head import read_head
 from trl_fast.modeling.distillation import DivergenceSettings, TeacherStates, teacher_states
 from trl_fast.modeling.policy_and_value import PolicyAndValue
 from trl_fast.modeling.reference_policy import reference_scope
 from trl_fast.modeling.scoring import score
+from trl_fast.modeling.span_distance import SpanComparison
 from trl_fast.ops import TokenScores
 from trl_fast.trainers.base.reference import reference_scores
 from trl_fast.trainers.base.running_mean import Mean
+from trl_fast.trainers.distillation.cross_tokenizer import SpanUpdate
 from trl_fast.trainers.distillation.step import DistillationUpdate
 from trl_fast.trainers.dpo import preference_loss_inputs
 from trl_fast.trainers.kto import sequence_logprobs
@@ -233,12 +237,22 @@ def _distillation_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any,
         simulate_generation(setup, sampling, inputs.generation, enter)
     inputs.update = update = on_device(inputs.update)
     student, teacher = (_under_autocast(setup, model) for model in (models.policy, models.reference))
-    weighted = DistillationUpdate(update.batch, torch.ones(len(update.batch.targets)))
+    weighted: Any = DistillationUpdate(update.batch, torch.ones(len(update.batch.targets)))
+    if setup.use_uld_loss:
+        weighted = _span_update(update.batch)
     # The student's forward begins the next stage.
     enter(TEACHER_STAGE)
     sizes = {model.config.get_text_config().vocab_size for model in (models.policy, models.reference)}
     settings = DivergenceSettings(vocab_size=min(sizes) if len(sizes) > 1 else None)
     return _step(setup)(student, teacher, weighted, settings, head=setup.head_options).loss
+
+
+def _span_update(batch: TokenBatch) -> SpanUpdate:
+    """Returns a micro-batch of two tokenizers that have a token each for every word."""
+    places = torch.arange(len(batch.targets))
+    rows = SpanRows(places, *(places[:0] for _ in range(3)))
+    ones = torch.ones(len(places))
+    return SpanUpdate(batch, batch, SpanComparison(rows, rows, ones, SortedDistance()), ones, 1)
 
 
 class _SelfTeacher:
@@ -312,6 +326,7 @@ PLANNED: dict[str, PlannedMethod] = {
     "ppo": PlannedMethod(ppo_micro_batch, _ppo_loss, "completion"),
     "distillation": PlannedMethod(policy_micro_batch, _distillation_loss, "completion", reads_images=True),
     "gkd": PlannedMethod(policy_micro_batch, _distillation_loss, "completion", reads_images=True),
+    "gold": PlannedMethod(policy_micro_batch, _distillation_loss, "completion", reads_images=True),
     "sdft": PlannedMethod(policy_micro_batch, _self_taught_loss, "completion"),
     "sdpo": PlannedMethod(policy_micro_batch, _self_taught_loss, "completion"),
 }

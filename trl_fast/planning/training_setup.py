@@ -24,7 +24,7 @@ COMPARED_METHODS = ("dpo", "sft", "reward", "grpo")
 GROUP_METHODS = ("grpo", "rloo", "gmpo")
 _COMPLETIONS_OF_A_ROW = {"dpo": 2, "reward": 2, "orpo": 2, "cpo": 2, "tpo": 3}
 # Methods of a second model that is never the trained one without an adapter.
-TEACHER_METHODS = ("distillation", "gkd")
+TEACHER_METHODS = ("distillation", "gkd", "gold")
 # Methods whose model is its own teacher.
 SELF_TAUGHT_METHODS = ("sdft", "sdpo")
 # Methods that sample several completions of a prompt, for several micro-batches.
@@ -69,7 +69,7 @@ class TrainingSetup:
     - `num_generations`, `beta`: None takes the method's default (grpo, rloo).
     - `steps_per_generation`: None takes the accumulation steps (grpo, rloo, distillation).
     - `teacher`: of distillation; None: one as large as the student. `lmbda`, `seq_kd`: the share of micro-batches that
-      the student samples, and whether the teacher samples the others.
+      the student samples, and whether the teacher samples the others; `use_uld_loss`: gold's.
     - `teacher_model_kind`, `distillation_mode`, `distillation_topk`: sdft's and sdpo's.
     - `num_mini_batches`, `local_rollout_forward_batch_size`: ppo's.
     - `generates`: False where another process samples (vLLM).
@@ -109,6 +109,7 @@ class TrainingSetup:
     teacher: PlannedTeacher | None = None
     lmbda: float = 1.0
     seq_kd: bool = False
+    use_uld_loss: bool = False
     teacher_model_kind: str = "base"
     distillation_mode: str = "topk_logits"
     distillation_topk: int | None = 100
@@ -362,6 +363,7 @@ _SAME_NAMES = (
     *("activation_budget_bytes", "activation_offloading", "tiled_mlp", "batch_layout"),
     *("head_grad", "head_workspace_bytes", "beta", "num_generations", "steps_per_generation", "num_iterations"),
     *("num_mini_batches", "local_rollout_forward_batch_size", "num_ppo_epochs", "lmbda", "seq_kd"),
+    "use_uld_loss",
     *("teacher_model_kind", "distillation_mode", "distillation_topk"),
 )
 

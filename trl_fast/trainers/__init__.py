@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from .distillation.config import DistillationConfig as DistillationConfig
     from .distillation.gkd import GKDTrainer as GKDTrainer
     from .distillation.gkd_config import GKDConfig as GKDConfig
+    from .distillation.gold import GOLDTrainer as GOLDTrainer
+    from .distillation.gold_config import GOLDConfig as GOLDConfig
     from .distillation.trainer import DistillationTrainer as DistillationTrainer
     from .dpo import DPOTrainer as DPOTrainer
     from .dpo_config import DPOConfig as DPOConfig

@@ -213,6 +213,16 @@ _METHODS = (
         has_trl_script=False,
     ),
     Method(
+        name="gold",
+        config="trl_fast.trainers.distillation.gold_config:GOLDConfig",
+        trainer="trl_fast.trainers.distillation.gold:GOLDTrainer",
+        step="trl_fast.trainers.distillation.gold_step:gold_step",
+        help="the same, from a teacher that may have another tokenizer",
+        takes_teacher=True,
+        trl_packages=("trl.experimental.gold",),
+        has_trl_script=False,
+    ),
+    Method(
         name="sdft",
         config="trl_fast.trainers.self_distillation.sdft_config:SDFTConfig",
         trainer="trl_fast.trainers.self_distillation.sdft:SDFTTrainer",

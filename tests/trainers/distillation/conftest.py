@@ -1,23 +1,7 @@
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from support.tokenizer import build_tokenizer
-
-
-def save_changed(source, folder, **changes):
-    """Saves a model like the one at `source` with other weights, and its tokenizer; changes: of its config."""
-    model = AutoModelForCausalLM.from_pretrained(source)
-    if changes:
-        config = type(model.config)(**{**model.config.to_dict(), **changes})
-        model = AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.add_(torch.randn(weight.shape, generator=generator), alpha=0.05)
-    model.save_pretrained(folder)
-    build_tokenizer().save_pretrained(folder)
-    return str(folder)
+from support.given_answers import save_changed
+from support.tokenizer import build_other_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +14,10 @@ def wider_teacher_path(model_path, tmp_path_factory):
     """A teacher of another width and more layers, with a padded vocabulary."""
     folder = tmp_path_factory.mktemp("wider-teacher")
     return save_changed(model_path, folder, hidden_size=48, num_hidden_layers=3)
+
+
+@pytest.fixture(scope="session")
+def other_teacher_path(model_path, tmp_path_factory):
+    """A teacher with a tokenizer of its own, which is smaller, and another width."""
+    folder, tokenizer = tmp_path_factory.mktemp("other-teacher"), build_other_tokenizer()
+    return save_changed(model_path, folder, tokenizer, hidden_size=48, vocab_size=len(tokenizer))

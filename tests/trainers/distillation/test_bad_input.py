@@ -150,6 +150,6 @@ def test_weights_on_different_devices_are_said(model_path, teacher_path):
     reading = ReadDivergence(TeacherStates(model, torch.zeros(1, 4)), torch.ones(1), DivergenceSettings())
     own, other = torch.zeros(3, 4), torch.zeros(3, 4, device="meta")
     with pytest.raises(ValueError, match="teacher_model: its head is on meta, the student's on cpu"):
-        reading._divergence(
+        reading._compared(
             model, torch.zeros(1, 4), HeadParameters(own, None), own, HeadParameters(other, None), reading.head
         )

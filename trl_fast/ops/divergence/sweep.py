@@ -123,7 +123,7 @@ def sweep_divergence(
     row_bytes = max(1, student.vocab_size * teacher.bytes_per_column(student))
     height = block_rows(len(kept_hidden), row_bytes, workspace_bytes, device)
     blocks = slices(0, len(kept_hidden), height)
-    factor = _loss_scale(student, kept_weights) if any(needs) else None
+    factor = loss_scale(student, kept_weights) if any(needs) else None
     given = (student, needs, len(kept_hidden), total_columns, dtypes)
     gradients = StudentGradients(*given, one_block=len(blocks) == 1)
     results = torch.full((NUM_RESULTS, len(kept_hidden)), float("nan"), dtype=sums, device=device)
@@ -151,7 +151,7 @@ def _counting_rows(weights: torch.Tensor) -> torch.Tensor | None:
     return weights.nonzero().squeeze(1)
 
 
-def _loss_scale(student: DivergenceHead, weights: torch.Tensor) -> torch.Tensor | None:
+def loss_scale(student: DivergenceHead, weights: torch.Tensor) -> torch.Tensor | None:
     """Returns what gradients of logits are multiplied with, so that float16 has them, 0-d; None for other dtypes.
 
     weights: (N,). float16 ends at 6e-8, below which probabilities times a mean's weight lie.

@@ -21,7 +21,7 @@ from trl_fast.settings.ranges import check_ranges
 logger = logging.getLogger(__name__)
 
 # Fields of TRL's configs that have another default here, in some method.
-OTHER_DEFAULTS = frozenset({"logging_nan_inf_filter", "loss_type", "use_bias_correction_kl"})
+OTHER_DEFAULTS = frozenset({"logging_nan_inf_filter", "loss_type", "shuffle_dataset", "use_bias_correction_kl"})
 # tiled_mlp=True: enough tokens for a GPU's matrix products to be at full speed.
 DEFAULT_TILE_TOKENS = 4096
 

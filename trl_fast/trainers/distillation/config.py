@@ -79,7 +79,7 @@ class DistillationConfig(SamplingConfig):
     def _check_groups(self) -> None:
         from trl_fast.settings.divisors import divisors, either
 
-        sizes = {"per_device_train_batch_size": self.generation_batch_size}
+        sizes = {"per_device_train_batch_size": self.completions_per_step}
         if self.eval_strategy != "no":
             sizes["per_device_eval_batch_size"] = self.per_device_eval_batch_size * self.world_size
         for name, size in sizes.items():
@@ -132,6 +132,11 @@ class DistillationConfig(SamplingConfig):
         return True
 
     @property
-    def generation_batch_size(self) -> int:
-        """Returns the completions made at a time, in all processes."""
+    def completions_per_step(self) -> int:
+        """Returns the completions made at a time, those of an optimizer step in all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def prompt_limit(self) -> int | None:
+        """Returns the tokens that are left of a prompt whose completion is sampled, its last ones; None: all."""
+        return None

@@ -69,14 +69,29 @@ class Mixture:
         loop, parts = self._trainer.loop, {}
         for of_student in sorted(set(own), reverse=True):
             chosen = [row for row, its in zip(rows, own, strict=True) if its == of_student]
-            found = loop.generate(chosen, self._trainer)[0] if of_student else self._given(chosen)
+            found = loop.generate(self._cut(chosen), self._trainer)[0] if of_student else self._given(chosen)
             found.completions = loop.reader.read([row["prompt"] for row in chosen], found)
             parts[of_student] = found
         return merged(parts[True], parts[False], own) if len(parts) == 2 else parts[own[0]]
 
+    def _cut(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns rows with as much of their prompts as the arguments allow where completions are sampled."""
+        limit, has_images = self._trainer.args.prompt_limit, self._trainer.images is not None
+        if limit is None:
+            return rows
+        longest = max(len(row[PROMPT_IDS]) for row in rows)
+        if has_images and longest > limit:
+            raise ValueError(
+                f"max_length={self._trainer.args.max_length}: a prompt with images has {longest} tokens, which are "
+                f"not cut, and only {limit} are left before a sampled completion; raise max_length, or set it to None"
+            )
+        return [{**row, PROMPT_IDS: list(row[PROMPT_IDS])[-limit:]} for row in rows]
+
     def _given(self, rows: list[dict[str, Any]]) -> Rollout:
         """Returns the completions of rows that the student does not sample: the teacher's or the dataset's."""
-        trainer, prompts = self._trainer, [list(row[PROMPT_IDS]) for row in rows]
+        trainer = self._trainer
+        rows = rows if self._teacher is None else self._cut(rows)
+        prompts = [list(row[PROMPT_IDS]) for row in rows]
         images = (
             None if trainer.rollout_images is None else trainer.rollout_images.of_prompts([r["prompt"] for r in rows])
         )

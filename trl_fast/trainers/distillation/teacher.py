@@ -17,6 +17,7 @@ from trl_fast.parallel.partitions import whole_shape
 
 from ..base.parallelism import parallel_options
 from .config import DistillationConfig
+from .gold_config import GOLDConfig
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def shared_vocabulary(
     Raises:
         ValueError: tokenizers or vocabularies differ, or teacher_top_k is larger than the vocabulary.
     """
-    sizes = _head_sizes(student, teacher)
+    sizes = head_sizes(student, teacher)
     other = _tokenizer_of(teacher, args)
     if other is not None:
         _check_tokens(tokenizer, other)
@@ -136,10 +137,15 @@ def shared_vocabulary(
 
 def columns_of_one(student: Model, teacher: Model) -> range:
     """Returns the columns that only the larger one of two heads has."""
-    return range(*sorted(_head_sizes(student, teacher)))
+    return range(*sorted(head_sizes(student, teacher)))
 
 
-def _head_sizes(*models: Model) -> list[int]:
+def head_sizes(*models: Model) -> list[int]:
+    """Returns the columns of each model's head.
+
+    Raises:
+        ValueError: a model has no head.
+    """
     return [whole_shape(_head_of(model).weight)[0] for model in models]
 
 
@@ -160,6 +166,30 @@ def _tokenizer_of(teacher: Model, args: DistillationConfig) -> PreTrainedTokeniz
         return load_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
     except (OSError, ValueError):
         return None
+
+
+def tokenizer_of_teacher(teacher: Model, args: GOLDConfig) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer that the arguments name for a teacher, or that of the teacher's name.
+
+    Raises:
+        OSError, ValueError: it cannot be loaded, or there is none.
+    """
+    name = args.teacher_tokenizer_name_or_path
+    if name is None:
+        found = _tokenizer_of(teacher, args)
+        if found is None:
+            raise ValueError(
+                "teacher_tokenizer_name_or_path is missing: the teacher was not loaded by a name which would tell its "
+                "tokenizer; set it to a hub name or a folder"
+            )
+        return found
+    # A revision is one of the teacher's own repository.
+    own = name == base_model(teacher).config._name_or_path
+    revision = _options(args).get("revision", "main") if own else "main"
+    try:
+        return load_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise type(error)(f"teacher_tokenizer_name_or_path: {error}") from error
 
 
 def _check_tokens(own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -17,6 +17,7 @@ from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.data.prompt_completion import COMPLETION_IDS, prepare_given_completions, split_conversations
 from trl_fast.data.prompt_only import PROMPT_IDS, prepare_prompt_dataset
 from trl_fast.data.repeat_sampler import RepeatSampler
+from trl_fast.data.tokenization import tokenize_unpaired
 from trl_fast.modeling.distillation import DivergenceSettings
 from trl_fast.modeling.layouts import choose_layout
 from trl_fast.modeling.loading import base_model
@@ -78,6 +79,8 @@ class DistillationTrainer(OnlineTrainer):
     config_class: Any = DistillationConfig
     loss_is_scaled_for_ga = True
     uncalled_hooks = UNCALLED_HOOKS
+    # How a row without images becomes tokens where its completion is given.
+    tokenize_row: ClassVar[Callable[..., dict[str, list[int]]]] = staticmethod(tokenize_unpaired)
     args: DistillationConfig
     model: Any  # there always is one
 
@@ -109,12 +112,10 @@ class DistillationTrainer(OnlineTrainer):
         student: Any = self.resolve_model(model, config, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, student, config)
         teacher = load_teacher(teacher, config)
-        self.vocab_size = shared_vocabulary(student, teacher, processing_class, config)
-        # The other model has no embedding of these.
-        self.unsampled_tokens = columns_of_one(student, teacher)
+        self.compare_vocabularies(student, teacher, processing_class, config)
         self.toolbox = open_toolbox(tools, processing_class, config)
         train, evaluated = self.prepare_datasets(train_dataset, eval_dataset, processing_class, config, student)
-        sequences = [list(row[PROMPT_IDS]) for row in train.take(2)]
+        sequences = self.probe_sequences([list(row[PROMPT_IDS]) for row in train.take(2)], student, teacher)
         self.reference = ReferencePolicy(self)
         student, layout = self.reference.set_up(student, teacher, config, peft_config, sequences)
         self._read_heads_alike(base_model(student), config, sequences)
@@ -131,6 +132,22 @@ class DistillationTrainer(OnlineTrainer):
             optimizers=optimizers,
         )
         self._set_up_rollouts(base_model(student), layout, rollout_engine)
+
+    def compare_vocabularies(
+        self, student: Any, teacher: Any, processing_class: PreTrainedTokenizerBase, args: Any
+    ) -> None:
+        """Finds out which tokens both models know.
+
+        Raises:
+            ValueError: as in `shared_vocabulary`.
+        """
+        self.vocab_size = shared_vocabulary(student, teacher, processing_class, args)
+        # The other model has no embedding of these.
+        self.unsampled_tokens = columns_of_one(student, teacher)
+
+    def probe_sequences(self, sequences: list[list[int]], student: Any, teacher: Any) -> list[list[int]]:
+        """Returns prompts on which both models are tried out."""
+        return sequences
 
     def _read_heads_alike(self, model: PreTrainedModel, args: DistillationConfig, sequences: list[list[int]]) -> None:
         """Lets both models give their own logits where the head of one of them is not understood."""
@@ -153,7 +170,7 @@ class DistillationTrainer(OnlineTrainer):
             make_engine(self, engine, end_ids),
             NoRewards(),
             end_ids=end_ids,
-            completions_kept=self.args.generation_batch_size,
+            completions_kept=self.args.completions_per_step,
             parses_messages=True,
             # What a template writes behind an end token is part of a given completion.
             warns_of_cut_off=self.args.lmbda == 1,
@@ -180,7 +197,9 @@ class DistillationTrainer(OnlineTrainer):
         }
         dataset = split_conversations(dataset, num_proc=args.dataset_num_proc, name=name)
         if COMPLETION_IDS in self.token_columns:
-            return prepare_given_completions(dataset, processing_class, max_length=args.max_length, **options)
+            return prepare_given_completions(
+                dataset, processing_class, max_length=args.max_length, tokenize=self.tokenize_row, **options
+            )
         return prepare_prompt_dataset(dataset, processing_class, **options)
 
     def prompt_template_kwargs(self, args: Any) -> dict[str, Any]:
@@ -195,7 +214,10 @@ class DistillationTrainer(OnlineTrainer):
             ValueError: it has not.
         """
         check_lengths(dataset, name, self.token_columns, model, None)
-        if args.lmbda > 0 or args.seq_kd:
+        maximum = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        # Those that are cut have max_length tokens with their completions, at most.
+        is_cut = args.prompt_limit is not None and (maximum is None or args.max_length <= maximum)
+        if (args.lmbda > 0 or args.seq_kd) and not is_cut:
             columns, self.token_columns = self.token_columns, (PROMPT_IDS,)
             try:
                 super().check_positions(model, dataset, args, name)
@@ -204,7 +226,7 @@ class DistillationTrainer(OnlineTrainer):
 
     def prompt_order(self) -> PromptOrder:
         """Returns the order of training prompts: each as often as it gets completions, for all micro-batches."""
-        return PromptOrder.of_generations(self.args)
+        return PromptOrder.of_generations(self.args, self.args.completions_per_step)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
         if self.args.evaluates_given:
@@ -235,7 +257,7 @@ class DistillationTrainer(OnlineTrainer):
         assert isinstance(current, Samples), "slices are samples"
         return self._update(current, current.generation_tokens)
 
-    def _update(self, samples: Samples, tokens: float) -> DistillationUpdate:
+    def _update(self, samples: Samples, tokens: float) -> Any:
         """Returns the micro-batch of samples. tokens: those that the loss is a mean over, a process's share."""
         part = samples.select(samples.by_beginning(range(len(samples))))
         batch, mask = self.updates.token_batch(part), part.flat("mask")
@@ -263,18 +285,22 @@ class DistillationTrainer(OnlineTrainer):
             *(args.beta, args.divergence, args.loss_temperature), top_k=args.teacher_top_k, vocab_size=self.vocab_size
         )
 
-    def _compute_loss(self, model: torch.nn.Module, inputs: DistillationUpdate) -> torch.Tensor:
+    def _compute_loss(self, model: torch.nn.Module, inputs: Any) -> torch.Tensor:
         """Computes the loss of one micro-batch, and records its metrics."""
-        keywords: dict[str, Any] = {"position_ids": None} if self._adds_virtual_tokens else {}
-        result = distillation_step(
-            *(model, self.teacher_model, inputs, self.divergence_settings),
-            head=self.head_options,
-            router_coef=self.router_aux_loss_coef,
-            loss_divisor=self.current_gradient_accumulation_steps if self.model.training else 1,
-            **keywords,
-        )
+        given = (model, self.teacher_model, inputs, self.divergence_settings)
+        result = distillation_step(*given, **self.step_options)
         self.record(result.metrics)
         return result.loss
+
+    @property
+    def step_options(self) -> dict[str, Any]:
+        """Returns the keywords of `distillation_step`."""
+        options: dict[str, Any] = {
+            "head": self.head_options,
+            "router_coef": self.router_aux_loss_coef,
+            "loss_divisor": self.current_gradient_accumulation_steps if self.model.training else 1,
+        }
+        return {**options, "position_ids": None} if self._adds_virtual_tokens else options
 
     def prediction_step(
         self, model: torch.nn.Module, inputs: Any, *_: Any, **__: Any

@@ -38,3 +38,10 @@ UNCALLED_HOOKS = {
 }
 
 GKD_ATTRIBUTES = {name: argument(name) for name in ("lmbda", "seq_kd")}
+
+GOLD_ATTRIBUTES = {
+    **{name: argument(name) for name in ("num_generations", "use_uld_loss", "vllm_sync_frequency")},
+    "log_completion_steps": argument("log_completions_steps"),
+    "wandb_log_unique_prompts": argument("log_unique_prompts"),
+    "pad_token_id": fixed_attribute(lambda trainer: trainer.tokenizer.pad_token_id, "it is the tokenizer's"),
+}

@@ -210,7 +210,7 @@ class GroupTrainer(OnlineTrainer):
 
     def prompt_order(self) -> PromptOrder:
         """Returns the order of training prompts: each as often as it gets completions, for all updates on them."""
-        return PromptOrder.of_generations(self.args)
+        return PromptOrder.of_generations(self.args, self.args.generation_batch_size)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
         return RepeatSampler(eval_dataset, mini_repeat_count=self.args.generations("eval"), seed=self.args.seed)

@@ -30,11 +30,14 @@ class PromptOrder:
     seed: int = 0
 
     @classmethod
-    def of_generations(cls, args: Any) -> PromptOrder:
-        """Returns the order of a config that generates several completions a prompt, for all updates on them."""
+    def of_generations(cls, args: Any, completions: int) -> PromptOrder:
+        """Returns the order of a config that generates several completions a prompt, for all updates on them.
+
+        completions: those of a generation, of all processes.
+        """
         return cls(
             repeats=args.num_generations,
-            prompts=args.generation_batch_size // args.num_generations,
+            prompts=completions // args.num_generations,
             rounds=args.generate_every,
             batches=args.steps_per_generation,
             shuffle=bool(args.shuffle_dataset),

@@ -190,6 +190,11 @@ class OnlineTrainer(BaseTrainer):
     def reward_functions(self, rewards: RewardFunctions) -> None:
         self.loop.rewards = rewards
 
+    @property
+    def shows_completions(self) -> bool:
+        """Says whether completions are shown with the next log."""
+        return True
+
     # ---- data
 
     def check_positions(self, model: PreTrainedModel, dataset: AnyDataset, args: OnlineConfig, name: str) -> None:
@@ -288,7 +293,7 @@ class OnlineTrainer(BaseTrainer):
         """Logs, as the base does, and reports the last generation's completions where log_completions asks for it."""
         super().log(logs, start_time)
         args = self.args
-        if args.log_completions and self.accelerator.is_main_process:
+        if args.log_completions and self.shows_completions and self.accelerator.is_main_process:
             report_completions(
                 self.completions_log,
                 self.state.global_step,

@@ -1,0 +1,105 @@
+"""GOLDTrainer against TRL 1.16.0's: loss, gradient norm and every metric that TRL logs."""
+
+import pytest
+import trl.experimental.gold as trl_gold
+from peft import LoraConfig
+
+import trl_fast
+from support.given_answers import conversations, texts
+from support.training import NOT_COMPARED, make_trainer
+
+pytestmark = pytest.mark.usefixtures("unnamed_datasets")
+
+# TRL's GOLD counts each row once a micro-batch of the step, so that its numbers are right where there is one.
+BASE = {"max_steps": 2, "max_length": 96, "max_completion_length": 8, "lmbda": 0.0, "gradient_accumulation_steps": 1}
+
+
+def logs_of(module, folder, arguments, settings):
+    trainer = make_trainer(module, folder, method="GOLD", arguments=arguments, **settings)
+    trainer.train()
+    trainer.evaluate()
+    return trainer.state.log_history
+
+
+def assert_same_where_trl_logs(got, expected):
+    """Holds every value that TRL logs, which rounds losses to 4 digits; ours also logs what the completions are."""
+    assert len(got) == len(expected)
+    for ours, theirs in zip(got, expected, strict=True):
+        for name, value in theirs.items():
+            if not any(part in name for part in NOT_COMPARED):
+                precision = 6e-5 if name.endswith("_loss") and name != "eval_loss" else 1e-5
+                wanted = pytest.approx(value, rel=1e-4, abs=precision)
+                assert ours[name] == wanted, f"{name} at step {theirs.get('step')}"
+
+
+@pytest.fixture
+def compare(tmp_path, model_path, teacher_path, other_teacher_path, tokenizer):
+    def run(*, peft=None, rows=conversations, ours=None, **settings):
+        def arguments():
+            return {
+                "model": model_path,
+                "teacher_model": other_teacher_path if settings.get("use_uld_loss") else teacher_path,
+                "train_dataset": rows(),
+                "eval_dataset": rows(4),
+                "processing_class": tokenizer,
+                "peft_config": LoraConfig(**peft) if peft else None,
+            }
+
+        settings = {**BASE, **settings}
+        expected = logs_of(trl_gold, tmp_path / "trl", arguments(), settings)
+        got = logs_of(trl_fast, tmp_path / "ours", arguments(), {**settings, **(ours or {})})
+        assert_same_where_trl_logs(got, expected)
+        assert expected[0]["loss"] > 1e-3
+        return got
+
+    return run
+
+
+SETTINGS = {
+    "jsd": {"beta": 0.5, "max_grad_norm": 0.5},
+    "forward": {"beta": 0.0, "temperature": 1.7},
+    "reverse": {"beta": 1.0, "rows": texts, "learning_rate": 1e-2},
+    "cut": {"max_length": 26, "rows": texts},
+}
+QUICK = ("jsd", "reverse")
+CASES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SETTINGS]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_tokenizer(name, compare):
+    compare(**SETTINGS[name])
+
+
+ULD = {"use_uld_loss": True, "learning_rate": 1e-2}
+BAYESIAN = {**ULD, "uld_token_merge_strategy": "bayesian"}
+HYBRID = {**ULD, "uld_use_hybrid_loss": True, "per_device_train_batch_size": 1}
+OTHERS = {
+    "aligned": ULD,
+    "bayesian": {**BAYESIAN, "rows": texts},
+    "by position": {**ULD, "use_extended_uld": False, "uld_crossentropy_weight": 0.3},
+    "end tokens": {**BAYESIAN, "rows": texts, "uld_skip_student_eos": False, "uld_skip_teacher_eos": False},
+    "end tokens observed": {**ULD, "rows": texts, "uld_skip_student_eos": False, "uld_skip_teacher_eos": False},
+    "temperatures": {
+        **{**BAYESIAN, "uld_student_temperature": 0.7, "uld_teacher_temperature": 1.6},
+        **{"uld_crossentropy_weight": 0.5, "uld_distillation_weight": 0.7},
+    },
+    "hybrid": {**HYBRID, "beta": 0.5},
+    "hybrid forward": {**HYBRID, "beta": 0.0, "uld_token_merge_strategy": "bayesian"},
+    "hybrid reverse": {
+        **{**HYBRID, "beta": 1.0, "uld_student_temperature": 1.3},
+        **{"uld_hybrid_matched_weight": 0.4, "uld_hybrid_unmatched_weight": 1.5},
+    },
+    "one tokenizer": {**ULD, "uld_use_hybrid_loss": False},
+}
+QUICK = ("aligned", "bayesian", "end tokens observed", "hybrid")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in OTHERS]
+)
+def test_two_tokenizers(name, compare):
+    compare(**OTHERS[name])
+
+
+def test_lora(compare):
+    compare(**BAYESIAN, peft={"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"})
