@@ -1,4 +1,4 @@
-"""`trl-fast distillation`, `trl-fast gkd` and `trl-fast gold`, as a person runs them."""
+"""`trl-fast distillation`, `gkd`, `gold` and `server_distillation`, as a person runs them."""
 
 import json
 import shlex
@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from support.rollouts import color_prompts
+from support.teacher_server import teacher_server
 from support.tokenizer import build_tokenizer
 from trl_fast.cli.main import main
 
@@ -20,6 +21,7 @@ LENGTHS = {
     "gkd": "--max_new_tokens",
     "gold": "--max_completion_length",
 }
+OF_SERVERS = {"server_distillation": "--max_completion_length"}
 
 
 @pytest.fixture(scope="session")
@@ -49,7 +51,7 @@ def run(model_path, teacher_path, tmp_path):
             "--output_dir",
             str(tmp_path / "run"),
         ]
-        return main([command, *paths, *teacher, LENGTHS[command], "4", *SETTINGS, *flags])
+        return main([command, *paths, *teacher, {**LENGTHS, **OF_SERVERS}[command], "4", *SETTINGS, *flags])
 
     return run
 
@@ -93,3 +95,15 @@ def test_an_error_is_one_line_and_status_2(command, flags, message, run, capsys)
 def test_a_teacher_is_needed(run, capsys):
     assert run("distillation", teacher=()) == 2
     assert "teacher_model is missing" in capsys.readouterr().err
+
+
+def test_a_teacher_that_is_served(run, teacher_path, tmp_path, capsys):
+    with teacher_server(teacher_path) as server:
+        url = ("--teacher_model_server_url", server.url)
+        assert run("server_distillation", "--beta", "0.5", teacher=url) == 0
+        assert f"saved to {tmp_path / 'run'}" in capsys.readouterr().out
+        assert run("server_distillation", "--loss_top_k", "3", teacher=url) == 2
+        assert "loss_top_k=3 with beta=1.0" in capsys.readouterr().err
+    assert run("server_distillation", "--teacher_server_timeout", "0", teacher=url) != 0
+    error = capsys.readouterr().err
+    assert f"the vLLM server at {server.url} cannot be reached" in error and "Traceback" not in error

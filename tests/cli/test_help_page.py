@@ -66,8 +66,8 @@ def test_the_help_has_the_flags_of_the_parser(name, method):
 def test_a_page_fits_the_terminal(name, method, topic):
     page = help_page(COMMANDS[name], topic if method or name in METHODS else "", method)
     assert max(map(len, page.splitlines())) <= WIDTH
-    # A*-PO and self-distillation have max_prompt_length as an argument of their own.
-    own = {"a2po", "sdft", "sdpo"} & {name, method}
+    # A*-PO, IW-OPD and self-distillation have max_prompt_length as an argument of their own.
+    own = {"a2po", "iw_opd", "sdft", "sdpo"} & {name, method}
     older = {"torch_dtype", "evaluation_strategy"} | (set() if own else {"max_prompt_length"})
     assert not older & flags(page)
 

@@ -20,6 +20,7 @@ import trl_fast
 from support.models import save_tiny_classifier, save_tiny_model
 from support.pages import Block, blocks, blocks_of, in_backticks, message_sources, table_rows
 from support.source_tree import ROOT
+from support.teacher_server import teacher_server
 from support.tokenizer import build_tokenizer
 from trl_fast.cli.commands import COMMANDS
 from trl_fast.cli.launch import launcher_flags
@@ -35,7 +36,11 @@ from trl_fast.data import (
     prepare_unpaired_dataset,
 )
 from trl_fast.data.joined_text import tokenize_joined
-from trl_fast.data.prompt_completion import prepare_given_completions, split_conversations
+from trl_fast.data.prompt_completion import (
+    prepare_given_completions,
+    prompts_of_conversations,
+    split_conversations,
+)
 from trl_fast.data.prompt_only import prepare_prompt_dataset
 from trl_fast.data.teacher_prompts import prepare_teacher_prompts
 from trl_fast.losses.a2po import a2po_loss, optimal_values
@@ -81,6 +86,8 @@ PREPARES = {
     "gold": lambda rows, tokenizer: prepare_given_completions(
         split_conversations(rows), tokenizer, tokenize=tokenize_joined
     ),
+    "server_distillation": prepare_prompt_dataset,
+    "iw_opd": lambda rows, tokenizer: prepare_prompt_dataset(prompts_of_conversations(rows), tokenizer),
     "sdft": lambda rows, tokenizer: prepare_teacher_prompts(
         prepare_prompt_dataset(rows, tokenizer), tokenizer, template="{prompt} {privileged_context}"
     ),
@@ -90,7 +97,7 @@ PREPARES = {
     ),
 }
 MODEL, REWARD_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct", "reward-model"
-TEACHER = "HuggingFaceTB/SmolLM2-360M-Instruct"
+TEACHER, TEACHER_URL = "HuggingFaceTB/SmolLM2-360M-Instruct", "http://localhost:8000"
 # What transformers logs once, when training ends.
 _AT_THE_END = re.compile(r"train_|total_flos")
 # How formulas are written, and what Python reads.
@@ -108,18 +115,22 @@ def page(name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """Folders with tiny models, by the names that the pages use; PPO's page has a reward model."""
+    """Folders with tiny models, by the names that the pages use; one is served. PPO's has a reward model."""
     tokenizer = build_tokenizer()
-    return {
-        MODEL: save_tiny_model(tmp_path_factory.mktemp("model"), tokenizer),
-        REWARD_MODEL: save_tiny_classifier(tmp_path_factory.mktemp("reward"), tokenizer),
-        TEACHER: save_tiny_model(tmp_path_factory.mktemp("teacher"), tokenizer),
-    }
+    teacher = save_tiny_model(tmp_path_factory.mktemp("teacher"), tokenizer)
+    with teacher_server(teacher) as server:
+        yield {
+            MODEL: save_tiny_model(tmp_path_factory.mktemp("model"), tokenizer),
+            REWARD_MODEL: save_tiny_classifier(tmp_path_factory.mktemp("reward"), tokenizer),
+            TEACHER: teacher,
+            TEACHER_URL: server.url,
+        }
 
 
 def with_models(text: str, models: dict[str, str], name: str) -> str:
     """Puts folders into a text of a page; elsewhere than on PPO's the reward model is what training writes."""
-    text = text.replace(MODEL, models[MODEL]).replace(TEACHER, models[TEACHER])
+    for known in (MODEL, TEACHER, TEACHER_URL):
+        text = text.replace(known, models[known])
     return text.replace(REWARD_MODEL, models[REWARD_MODEL]) if name == "ppo" else text
 
 

@@ -176,7 +176,8 @@ def config_of_trl(method):
 
 @pytest.mark.parametrize("method", [method for method in CONFIGS if method not in ("BCO", "PPO")])
 def test_trls_defaults_are_taken(method, tmp_path):
-    theirs = config_of_trl(method)(str(tmp_path), **CPU)
+    needed = {"teacher_model_server_url": "http://host:1"} if method == "ServerDistillation" else {}
+    theirs = config_of_trl(method)(str(tmp_path), **CPU, **needed)
     config(method, tmp_path)
     owner = CONFIGS[method]
     for name in numeric_fields(owner):

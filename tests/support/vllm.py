@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import ModuleType, SimpleNamespace
@@ -19,8 +20,10 @@ def made_up(prompt: list[int], index: int, max_tokens: int) -> tuple[list[int], 
 
 
 @contextmanager
-def fake_server(answers: dict | None = None):
+def fake_server(answers: dict | None = None, complete: Callable[[dict], list[dict]] | None = None):
     """Serves on a free port; it has `.url`, and `.requests` [(method, path, body)].
+
+    complete: from a body to the choices of completions, in the place of `choices`.
 
     answers: for some paths others than usual: JSON, or bytes; a pair of status and one of these, and maybe the length
         that is promised; or a function that gives one of all these.
@@ -50,7 +53,7 @@ def fake_server(answers: dict | None = None):
             if path in fixed:
                 answer = fixed[path]
             else:
-                answer = features(body) if path.endswith("/render") else {"choices": choices(body)}
+                answer = features(body) if path.endswith("/render") else {"choices": (complete or choices)(body)}
             answer = answer() if callable(answer) else answer
             status, answer, *promised = answer if isinstance(answer, tuple) else (200, answer)
             data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()

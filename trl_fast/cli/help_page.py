@@ -102,7 +102,7 @@ def help_page(command: Command, topic: str = "", method: str | None = None) -> s
         more[f"{call} --help {ALL}"] = f"all {len(docs)} flags"
         more[f"{call} --help WORD"] = "those with WORD in their name, such as lora"
     if command.group == TRAIN:
-        more[f"trl-fast init {command.name}"] = "writes a commented YAML file to begin with"
+        more[f"trl-fast init {command.name}"] = "a commented YAML file to begin with"
     return "\n".join([*lines, "", *notes, *_table(more)])
 
 

@@ -45,7 +45,6 @@ from trl_fast.planning.step_times import planned_wire
 from trl_fast.planning.training_setup import (
     DEFAULT_ENGINE,
     METHODS,
-    TEACHER_METHODS,
     PlannedTeacher,
     TrainingSetup,
     dtype_name,
@@ -389,7 +388,7 @@ def _print_verdict(console: Console, planned: PlannedRun, row: Row, with_switche
         console.print(f"optim={setup.optim} is planned as AdamW.")
     if not setup.generates and setup.lmbda > 0:
         console.print("vLLM samples: its memory is not part of this plan.")
-    if setup.method in TEACHER_METHODS:
+    if setup.has_teacher:
         console.print(teacher_line(setup, planned.teacher), soft_wrap=True, markup=False)
     if planned.has_dataset:
         console.print("The dataset is not read: every sequence is taken to be as long as the settings allow.")

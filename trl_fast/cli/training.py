@@ -50,7 +50,7 @@ def make_trainer(
     rewards = _rewards(method, script_args, training_args)
     model = policy_name(training_args, model_args)
     training_args.model_init_kwargs = model_options(training_args, model_args)
-    if method.takes_teacher:
+    if method.takes_teacher and not getattr(training_args, "use_teacher_server", False):
         training_args.teacher_model_init_kwargs = teacher_options(training_args, model_args)
     training_args.trust_remote_code = training_args.trust_remote_code or model_args.trust_remote_code
     # What only a trainer needs is imported here: `--help` comes without it.

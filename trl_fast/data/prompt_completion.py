@@ -38,6 +38,24 @@ def split_conversations(dataset: AnyDataset, *, num_proc: int | None = None, nam
     return dataset.map(_split, with_indices=True, fn_kwargs={"name": name}, **how)
 
 
+def prompts_of_conversations(dataset: AnyDataset, *, num_proc: int | None = None, name: str = "train") -> AnyDataset:
+    """Returns a dataset of `messages` with those before the assistant's last words as `prompt`.
+
+    A dataset that has a `prompt`, or no `messages`, comes back as it is.
+    """
+    row = next(iter(dataset), None) or {}
+    if "prompt" in row or "messages" not in row:
+        return dataset
+    how = map_options(dataset, num_proc, f"Splitting {name} conversations")
+    return dataset.map(_prompt_of, **how)
+
+
+def _prompt_of(row: dict[str, Any]) -> dict[str, Any]:
+    messages = row["messages"]
+    ends_with_answer = bool(messages) and messages[-1].get("role") == "assistant" and len(messages) > 1
+    return {"prompt": messages[:-1] if ends_with_answer else messages}
+
+
 def prepare_given_completions(
     dataset: AnyDataset,
     processing_class: PreTrainedTokenizerBase,

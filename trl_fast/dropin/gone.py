@@ -38,15 +38,9 @@ _EXPERIMENTS = {
     "async_distillation": _ASYNCHRONOUS.format(", and asks a second one for the teacher", "DistillationTrainer"),
     "async_grpo": _ASYNCHRONOUS.format("", "GRPOTrainer"),
     "harbor": _ADAPTER.format("harbor"),
-    "iw_opd": "it weighs a policy gradient on sampled tokens by what the teacher says of them, on data, arguments and "
-    "teacher servers of its own, as DistillationTrainer's were before TRL 1.16; use DistillationTrainer with lmbda=1, "
-    "which compares whole distributions, or run the script with TRL itself",
     "merge_model_callback": "it hands checkpoints to the package mergekit; call mergekit on the folder that "
     "save_model wrote, or in the on_save of a callback of your own",
     "openreward": _ADAPTER.format("openreward"),
-    "server_distillation": "its teacher is a vLLM server that tells the log-probabilities of a few tokens at each "
-    "place; DistillationTrainer has its teacher beside the student, and trl_fast.ops.linear_divergence_to_given "
-    "computes the loss of given log-probabilities",
 }
 
 # Names, which may be patterns as of file names, and what is said of them. The first that fits counts.
@@ -77,6 +71,8 @@ GONE: dict[str, str] = {
     "OffloadActivations": "trl_fast offloads activations by itself; use get_act_offloading_ctx_manager, or set "
     "activation_offloading=True in the trainer's config",
     "NoOpManager": "use contextlib.nullcontext",
+    "build_teacher_request_inputs": "TRL's own way to cut a padded batch for a teacher's server; "
+    "trl_fast.rollout.teacher_server asks about lists of tokens",
     "DTensor": "import it from torch.distributed.tensor",
     "suppress_seqcls_warning": "it hides a warning of transformers while TRL loads a model; leave it out",
     **dict.fromkeys(

@@ -26,17 +26,15 @@ from trl_fast.data.packing import TokenBatch
 from trl_fast.ops import HeadOptions
 from trl_fast.ops.divergence.formulas import DivergenceFormula
 from trl_fast.ops.divergence.given import KnownTokens, likeliest_tokens, row_divergence_to_known
-from trl_fast.ops.divergence.row_kernels import DIVERGENCE_ROW, ENTROPY_ROW, NUM_RESULTS, row_divergence_reference
+from trl_fast.ops.divergence.row_kernels import row_divergence_reference
 from trl_fast.ops.head.logit_transform import LogitTransform
 from trl_fast.ops.head.row_kernels import ROW_KERNELS
 from trl_fast.ops.linear_divergence import DivergenceLoss, DivergenceScores, linear_divergence
 
 from .lm_head import HeadParameters, head_transform
+from .logit_divergence import logit_divergence
 from .scoring import DEFAULT_HEAD, ModelReading, call_head, read_model, with_workspace
 from .sharded_head import is_whole_in_forward_only
-
-# Rows of a model's own logits whose temporaries are there at once.
-_ROWS_OF_LOGITS = 64
 
 
 class TeacherStates(NamedTuple):
@@ -238,9 +236,12 @@ class ReadDivergence(TwoHeads):
         """
         if self.teacher.logits is None:
             raise ValueError("the student gives logits of its own, so the teacher has to do the same")
-        given = self.teacher.logits.to(logits.device), self.weights.to(logits.device)
-        loss, results = _LogitDivergence.apply(logits, *given, self.settings)
-        return DivergenceLoss(loss, DivergenceScores(results[DIVERGENCE_ROW], results[ENTROPY_ROW]))
+        teacher, known = self.teacher.logits.to(logits.device), slice(self.settings.vocab_size)
+
+        def compare(rows: torch.Tensor, student: torch.Tensor, *given: Any) -> None:
+            _compare_logits(student, teacher[rows, known], self.settings, *given)
+
+        return logit_divergence(logits, self.weights.to(logits.device), self.settings.vocab_size, compare)
 
 
 def _compare_logits(
@@ -264,30 +265,3 @@ def _compare_logits(
     known = KnownTokens.of_head(teacher, None, transform, chosen, ROW_KERNELS["torch"])
     given = (known, formula, settings.tail, weights, results, gradient)
     row_divergence_to_known(ROW_KERNELS["torch"], student, None, transform, *given)
-
-
-class _LogitDivergence(torch.autograd.Function):
-    """Computes Σ weight · divergence of logits that are whole already, with the gradient, some rows at a time."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, student: torch.Tensor, teacher: torch.Tensor, weights: torch.Tensor, settings: DivergenceSettings
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        known = slice(settings.vocab_size)
-        results = torch.zeros(NUM_RESULTS, len(student), dtype=torch.float32, device=student.device)
-        gradient: Any = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
-        for rows in torch.nonzero(weights).squeeze(1).split(_ROWS_OF_LOGITS):
-            found, part = results.new_empty(NUM_RESULTS, len(rows)), student[rows, known]
-            changed: Any = None if gradient is None else torch.empty_like(part)
-            _compare_logits(part, teacher[rows, known], settings, weights[rows], found, changed)
-            results[:, rows] = found
-            if gradient is not None:
-                gradient[rows, known] = changed
-        ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(results)
-        return (results[DIVERGENCE_ROW] * weights).sum(), results
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return None if gradient is None else gradient * grad_loss.to(gradient.dtype), None, None, None

@@ -33,7 +33,7 @@ from .device_facts import PADDED_ATTENTION, planned_facts
 from .example_batches import PlannedLayout
 from .planned_methods import PlannedModels
 from .quantized_layers import quantize
-from .training_setup import ONLINE_METHODS, OURS, TEACHER_METHODS, TrainingSetup
+from .training_setup import ONLINE_METHODS, OURS, TrainingSetup
 
 
 def meta_model(setup: TrainingSetup, layers: int | None = None, *, classifier: bool | None = None) -> PreTrainedModel:
@@ -122,7 +122,7 @@ def planned_models(setup: TrainingSetup, max_length: int, layers: int | None = N
 
 def _second_model(setup: TrainingSetup, layers: int | None) -> tuple[TrainingSetup, int | None]:
     """Returns the setup of a step's reference, or its teacher, and how many layers: one of its own has all of them."""
-    if setup.method not in TEACHER_METHODS:
+    if not setup.has_teacher:
         return setup, layers
     return setup.of_teacher, layers if setup.teacher is None else None
 

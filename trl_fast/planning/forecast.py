@@ -152,7 +152,7 @@ def _setup(trainer: BaseTrainer) -> TrainingSetup:
 
 
 def _teacher(trainer: BaseTrainer) -> PlannedTeacher | None:
-    if trainer.method not in TEACHER_METHODS:
+    if trainer.method not in TEACHER_METHODS or getattr(trainer.args, "use_teacher_server", False):
         return None
     teacher = base_model(trainer.accelerator.unwrap_model(cast(Any, trainer).ref_model))
     return PlannedTeacher(teacher.config, dtype_name(teacher.dtype, teacher.config))

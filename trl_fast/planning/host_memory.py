@@ -8,7 +8,7 @@ from .fake_models import meta_model
 from .memory_sizes import GIB, gib
 from .peak_estimates import simulated
 from .shallow_models import shallow_models
-from .training_setup import TEACHER_METHODS, TrainingSetup
+from .training_setup import TrainingSetup
 
 # Python, torch with CUDA, and the other libraries.
 LIBRARIES_BYTES = 2 * GIB
@@ -43,7 +43,7 @@ def host_memory(setup: TrainingSetup, max_length: int) -> HostMemory:
     """
     size = 0
     if setup.device == "gpu" and setup.quantization is None:
-        teaches = setup.method in TEACHER_METHODS
+        teaches = setup.has_teacher
         copies = 1 + (setup.needs_reference_model and not teaches) + (setup.method == "ppo")
         size = copies * _weight_bytes(setup) + (_weight_bytes(setup.of_teacher) if teaches else 0)
     return HostMemory(size, _offloaded(setup, max_length) if setup.activation_offloading else 0)

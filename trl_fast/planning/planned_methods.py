@@ -22,6 +22,7 @@ from trl_fast.data.unpaired_preference import BOTH
 from trl_fast.lazy_imports import import_place
 from trl_fast.losses.bco import BCOLossConfig
 from trl_fast.losses.dpo import DPOLossConfig
+from trl_fast.losses.iw_opd import IWOPDLossConfig
 from trl_fast.losses.kto import KTOLossConfig
 from trl_fast.losses.policy_gradient import PolicyLossConfig
 from trl_fast.losses.reference_free import CPOLossConfig, ORPOLossConfig, TPOLossConfig
@@ -37,6 +38,8 @@ from trl_fast.ops import TokenScores
 from trl_fast.trainers.base.reference import reference_scores
 from trl_fast.trainers.base.running_mean import Mean
 from trl_fast.trainers.distillation.cross_tokenizer import SpanUpdate
+from trl_fast.trainers.distillation.iw_opd_step import IWOPDUpdate
+from trl_fast.trainers.distillation.server_step import ServerUpdate
 from trl_fast.trainers.distillation.step import DistillationUpdate
 from trl_fast.trainers.dpo import preference_loss_inputs
 from trl_fast.trainers.kto import sequence_logprobs
@@ -255,6 +258,34 @@ def _span_update(batch: TokenBatch) -> SpanUpdate:
     return SpanUpdate(batch, batch, SpanComparison(rows, rows, ones, SortedDistance()), ones, 1)
 
 
+def _judged_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
+    """Runs a step of IW-OPD: generation, the teacher's scores unless a server has them, and the update."""
+    if setup.generates:
+        simulate_generation(setup, models.policy, inputs.generation, enter)
+    inputs.update = update = on_device(inputs.update)
+    batch = update.batch
+    told = torch.full((len(batch.targets),), -1.0)
+    if models.reference is not None:
+        enter(TEACHER_STAGE)
+        told = _token_logprobs(setup, models.reference, batch)
+    judged = IWOPDUpdate(batch, torch.ones(len(batch.targets)), update.lengths)
+    policy = _under_autocast(setup, models.policy)
+    return _step(setup)(policy, judged, told, IWOPDLossConfig(), head=setup.head_options).loss
+
+
+def _told_loss(setup: TrainingSetup, models: PlannedModels, inputs: Any, enter: Enter) -> torch.Tensor:
+    """Runs a step of distillation from a server: generation, and the update on log-probabilities that are given."""
+    if setup.generates:
+        simulate_generation(setup, models.policy, inputs.generation, enter)
+    inputs.update = update = on_device(inputs.update)
+    weights = torch.ones(len(update.batch.targets))
+    known = models.policy.config.get_text_config().vocab_size
+    ids = torch.zeros(len(weights), max(min(setup.loss_top_k, known), 1))
+    told = ServerUpdate(update.batch, weights, ids.long(), torch.full_like(ids, -1.0))
+    policy = _under_autocast(setup, models.policy)
+    return _step(setup)(policy, told, DivergenceSettings(), head=setup.head_options).loss
+
+
 class _SelfTeacher:
     """Tells what a model says as its own teacher: a copy of it, or itself without its adapter, or as it is."""
 
@@ -327,6 +358,8 @@ PLANNED: dict[str, PlannedMethod] = {
     "distillation": PlannedMethod(policy_micro_batch, _distillation_loss, "completion", reads_images=True),
     "gkd": PlannedMethod(policy_micro_batch, _distillation_loss, "completion", reads_images=True),
     "gold": PlannedMethod(policy_micro_batch, _distillation_loss, "completion", reads_images=True),
+    "iw_opd": PlannedMethod(policy_micro_batch, _judged_loss, "completion"),
+    "server_distillation": PlannedMethod(policy_micro_batch, _told_loss, "completion"),
     "sdft": PlannedMethod(policy_micro_batch, _self_taught_loss, "completion"),
     "sdpo": PlannedMethod(policy_micro_batch, _self_taught_loss, "completion"),
 }

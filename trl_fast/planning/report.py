@@ -33,7 +33,7 @@ from .peak_estimates import Longest, StagePeaks
 from .planned_methods import PLANNED
 from .roofline.work import Work
 from .sharding import sharing_of
-from .training_setup import SAMPLING_TOGETHER, TEACHER_METHODS, TrainingSetup
+from .training_setup import SAMPLING_TOGETHER, TEACHER_METHODS, TOLD_METHODS, TrainingSetup
 from .wire import Wire
 
 _COLORS = {
@@ -233,7 +233,9 @@ def teacher_line(setup: TrainingSetup, name: str | None) -> str:
 
 
 def _samples_together(setup: TrainingSetup) -> bool:
-    return setup.method in SAMPLING_TOGETHER and (setup.generates or setup.method not in TEACHER_METHODS)
+    return setup.method in SAMPLING_TOGETHER and (
+        setup.generates or setup.method not in (*TEACHER_METHODS, *TOLD_METHODS)
+    )
 
 
 def setup_line(setup: TrainingSetup) -> str:

@@ -24,11 +24,13 @@ COMPARED_METHODS = ("dpo", "sft", "reward", "grpo")
 GROUP_METHODS = ("grpo", "rloo", "gmpo")
 _COMPLETIONS_OF_A_ROW = {"dpo": 2, "reward": 2, "orpo": 2, "cpo": 2, "tpo": 3}
 # Methods of a second model that is never the trained one without an adapter.
-TEACHER_METHODS = ("distillation", "gkd", "gold")
+TEACHER_METHODS = ("distillation", "gkd", "gold", "iw_opd")
+# Methods whose teacher is a server that another machine runs.
+TOLD_METHODS = ("server_distillation",)
 # Methods whose model is its own teacher.
 SELF_TAUGHT_METHODS = ("sdft", "sdpo")
 # Methods that sample several completions of a prompt, for several micro-batches.
-SAMPLING_TOGETHER = (*GROUP_METHODS, *TEACHER_METHODS, *SELF_TAUGHT_METHODS)
+SAMPLING_TOGETHER = (*GROUP_METHODS, *TEACHER_METHODS, *TOLD_METHODS, *SELF_TAUGHT_METHODS)
 ONLINE_METHODS = (*SAMPLING_TOGETHER, "ppo", "online_dpo", "a2po")
 # Their arguments that limit a completion, where those are not max_completion_length.
 _LENGTH_SETTINGS = {"ppo": "response_length", "online_dpo": "max_new_tokens"}
@@ -70,6 +72,7 @@ class TrainingSetup:
     - `steps_per_generation`: None takes the accumulation steps (grpo, rloo, distillation).
     - `teacher`: of distillation; None: one as large as the student. `lmbda`, `seq_kd`: the share of micro-batches that
       the student samples, and whether the teacher samples the others; `use_uld_loss`: gold's.
+    - `loss_top_k`: server_distillation's. `use_teacher_server`: iw_opd's, whose teacher then is another machine's.
     - `teacher_model_kind`, `distillation_mode`, `distillation_topk`: sdft's and sdpo's.
     - `num_mini_batches`, `local_rollout_forward_batch_size`: ppo's.
     - `generates`: False where another process samples (vLLM).
@@ -110,6 +113,8 @@ class TrainingSetup:
     lmbda: float = 1.0
     seq_kd: bool = False
     use_uld_loss: bool = False
+    loss_top_k: int = 1
+    use_teacher_server: bool = False
     teacher_model_kind: str = "base"
     distillation_mode: str = "topk_logits"
     distillation_topk: int | None = 100
@@ -214,14 +219,19 @@ class TrainingSetup:
         """Tells whether a second model holds the weights of the reference policy, or of a teacher, during training."""
         if self.method in SELF_TAUGHT_METHODS and self.teacher_model_kind == "live":
             return False
-        return self.needs_reference and (self.lora_r is None or self.method in TEACHER_METHODS)
+        return self.needs_reference and (self.lora_r is None or self.has_teacher)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Tells whether a teacher's model stands beside the trained one."""
+        return self.method in TEACHER_METHODS and not self.use_teacher_server
 
     @property
     def needs_reference(self) -> bool:
         """Tells whether a reference policy, or a teacher, scores during training."""
         if self.method in ("dpo", "kto", "bco"):
             return not self.precompute_ref_log_probs
-        taught = self.method in (*TEACHER_METHODS, *SELF_TAUGHT_METHODS)
+        taught = self.has_teacher or self.method in SELF_TAUGHT_METHODS
         return taught or self.method in ("ppo", "online_dpo", "a2po") or self.kl_weight != 0
 
     @property
@@ -362,8 +372,8 @@ _SAME_NAMES = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
     *("activation_budget_bytes", "activation_offloading", "tiled_mlp", "batch_layout"),
     *("head_grad", "head_workspace_bytes", "beta", "num_generations", "steps_per_generation", "num_iterations"),
-    *("num_mini_batches", "local_rollout_forward_batch_size", "num_ppo_epochs", "lmbda", "seq_kd"),
-    "use_uld_loss",
+    *("num_mini_batches", "local_rollout_forward_batch_size", "num_ppo_epochs", "lmbda", "seq_kd", "loss_top_k"),
+    *("use_uld_loss", "use_teacher_server"),
     *("teacher_model_kind", "distillation_mode", "distillation_topk"),
 )
 

@@ -35,7 +35,8 @@ _IS_IT_VLLM = f"is it vLLM's? Start it with `{START_COMMAND}`"
 # What prompts with images are read by, and what that needs.
 _RENDER = "/v1/chat/completions/render"
 _SCALE_OUT = "prompts with images need it: from vLLM 0.30 on, start the server with --enable-scale-out too"
-_REQUESTS_AT_ONCE = 64
+# Requests that wait for a server side by side.
+REQUESTS_AT_ONCE = 64
 # vLLM's RequestOutputKind.
 _FINAL_ONLY = 2
 
@@ -47,6 +48,7 @@ class VLLMServer:
         url: its address.
         timeout: seconds to wait for it to be up.
         request_timeout: seconds after which a request counts as lost.
+        timeout_setting: the argument that `timeout` comes from, for messages.
 
     Raises:
         ConnectionError: it is not up within `timeout`; later, from every method, it does not answer.
@@ -54,9 +56,16 @@ class VLLMServer:
             asked and what was answered.
     """
 
-    def __init__(self, url: ServerURL, *, timeout: float = 240.0, request_timeout: float = 1800.0) -> None:
+    def __init__(
+        self,
+        url: ServerURL,
+        *,
+        timeout: float = 240.0,
+        request_timeout: float = 1800.0,
+        timeout_setting: str = "vllm_server_timeout",
+    ) -> None:
         self.base_url = url.address
-        self.request_timeout = request_timeout
+        self.request_timeout, self._timeout_setting = request_timeout, timeout_setting
         self.session = requests.Session()
         # Given apart, so that no error of a lower layer shows them.
         self.session.auth = url.credentials
@@ -65,7 +74,7 @@ class VLLMServer:
         again.allowed_methods = None
         again.raise_on_status = False
         for part in ("/v1/", "/inference/v1/"):
-            self.session.mount(f"{self.base_url}{part}", HTTPAdapter(max_retries=again))
+            self.session.mount(f"{self.base_url}{part}", HTTPAdapter(pool_maxsize=REQUESTS_AT_ONCE, max_retries=again))
         self._wait(timeout)
         self.model = self.ask("GET", "/v1/models").read(str, "data", 0, "id")
 
@@ -81,13 +90,13 @@ class VLLMServer:
             if now + _POLL_SECONDS > end:
                 raise ConnectionError(
                     f"the vLLM server at {self.base_url} {state} after {timeout:g} seconds; start it with "
-                    f"`{START_COMMAND}`, or wait longer with vllm_server_timeout"
+                    f"`{START_COMMAND}`, or wait longer with {self._timeout_setting}"
                 )
             if said == start or now - said >= _LINE_SECONDS:
                 said = now
                 logger.warning(
                     f"waiting for the vLLM server at {self.base_url}, which {state}, {now - start:.0f} s "
-                    f"(vllm_server_timeout={timeout:g})"
+                    f"({self._timeout_setting}={timeout:g})"
                 )
             time.sleep(_POLL_SECONDS)
 
@@ -150,7 +159,7 @@ class VLLMServer:
             found: dict[str, Any] = answer.read(dict, "features")
             return found
 
-        with ThreadPoolExecutor(max_workers=_REQUESTS_AT_ONCE) as executor:
+        with ThreadPoolExecutor(max_workers=REQUESTS_AT_ONCE) as executor:
             return list(executor.map(features, pictures))
 
     def complete_with_images(
@@ -170,7 +179,7 @@ class VLLMServer:
             }
             return self.ask("POST", "/inference/v1/generate", json=body, hint=_SCALE_OUT)
 
-        with ThreadPoolExecutor(max_workers=_REQUESTS_AT_ONCE) as executor:
+        with ThreadPoolExecutor(max_workers=REQUESTS_AT_ONCE) as executor:
             answers = list(executor.map(answer, range(len(prompts))))
         return self._read(answers, n * len(prompts), "content")
 

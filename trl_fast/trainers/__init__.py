@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from .distillation.gkd_config import GKDConfig as GKDConfig
     from .distillation.gold import GOLDTrainer as GOLDTrainer
     from .distillation.gold_config import GOLDConfig as GOLDConfig
+    from .distillation.iw_opd import IWOPDTrainer as IWOPDTrainer
+    from .distillation.iw_opd_config import IWOPDConfig as IWOPDConfig
+    from .distillation.server_distillation import ServerDistillationTrainer as ServerDistillationTrainer
+    from .distillation.server_distillation_config import ServerDistillationConfig as ServerDistillationConfig
     from .distillation.trainer import DistillationTrainer as DistillationTrainer
     from .dpo import DPOTrainer as DPOTrainer
     from .dpo_config import DPOConfig as DPOConfig

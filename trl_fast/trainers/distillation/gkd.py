@@ -31,6 +31,20 @@ _REFUSED = {
 }
 
 
+def check_unused_arguments(model: object, **given: object) -> None:
+    """Checks the model that a trainer is given, and says which of its other arguments are not used.
+
+    Raises:
+        ValueError: the model is missing, or an argument is refused.
+    """
+    for name in (name for name, value in given.items() if value is not None):
+        if name in _REFUSED:
+            raise ValueError(f"{name}: {_REFUSED[name]}")
+        logger.warning(f"{name} is not used: {_UNUSED[name]}.")
+    if model is None:
+        raise ValueError("model is missing; give the student's name, or a causal language model")
+
+
 @answers_to(GKD_ATTRIBUTES)
 class GKDTrainer(DistillationTrainer):
     """Trains by Generalized Knowledge Distillation (arXiv 2306.13649), with TRL's arguments.
@@ -71,18 +85,14 @@ class GKDTrainer(DistillationTrainer):
         rollout_engine: RolloutEngine | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
-        given = {
-            "data_collator": data_collator,
-            "formatting_func": formatting_func,
-            "compute_metrics": compute_metrics,
-            "preprocess_logits_for_metrics": preprocess_logits_for_metrics,
-        }
-        for name in (name for name, value in given.items() if value is not None):
-            if name in _REFUSED:
-                raise ValueError(f"{name}: {_REFUSED[name]}")
-            logger.warning(f"{name} is not used: {_UNUSED[name]}.")
-        if model is None:
-            raise ValueError("model is missing; give the student's name, or a causal language model")
+        check_unused_arguments(
+            model,
+            data_collator=data_collator,
+            formatting_func=formatting_func,
+            compute_metrics=compute_metrics,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        assert model is not None, "it is looked at before"
         super().__init__(
             *(model, teacher_model, args, train_dataset, eval_dataset, processing_class, callbacks, optimizers),
             quantization_config=quantization_config,

@@ -11,7 +11,7 @@ import torch
 from trl_fast.data import TokenBatch
 from trl_fast.losses.mean_metric import Metric
 from trl_fast.modeling.distillation import DivergenceSettings, ReadDivergence, teacher_states
-from trl_fast.modeling.scoring import read_model
+from trl_fast.modeling.scoring import Reading, read_model
 from trl_fast.ops import HeadOptions
 
 from ..base.step import StepResult, router_keywords, with_router_loss
@@ -51,8 +51,26 @@ def distillation_step(
         keywords: go to the student's forward.
     """
     batch, weights = update.batch, update.weights
-    states = teacher_states(teacher, batch)
-    reading = ReadDivergence(states, weights, settings, head)
+    reading = ReadDivergence(teacher_states(teacher, batch), weights, settings, head)
+    return divergence_step(
+        *(model, batch, weights, reading), router_coef=router_coef, loss_divisor=loss_divisor, **keywords
+    )
+
+
+def divergence_step(
+    model: Callable[..., Any],
+    batch: TokenBatch,
+    weights: torch.Tensor,
+    reading: Reading,
+    *,
+    router_coef: float,
+    loss_divisor: int,
+    **keywords: Any,
+) -> StepResult:
+    """Computes the loss of a batch whose divergence `reading` reads, and the metric entropy.
+
+    weights: (N,) float32, 0 where a token does not count; the others are those of `distillation_step`.
+    """
     read = read_model(model, batch, reading, **router_keywords(router_coef), **keywords)
     found = read.value
     loss, metrics = with_router_loss(found.loss, read, router_coef, loss_divisor)

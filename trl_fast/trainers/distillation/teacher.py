@@ -146,7 +146,16 @@ def head_sizes(*models: Model) -> list[int]:
     Raises:
         ValueError: a model has no head.
     """
-    return [whole_shape(_head_of(model).weight)[0] for model in models]
+    return [head_size(model) for model in models]
+
+
+def head_size(model: Model) -> int:
+    """Returns the columns of a model's head.
+
+    Raises:
+        ValueError: it has no head.
+    """
+    return whole_shape(_head_of(model).weight)[0]
 
 
 def _head_of(model: Model) -> Any:

@@ -81,8 +81,13 @@ class DistillationTrainer(OnlineTrainer):
     uncalled_hooks = UNCALLED_HOOKS
     # How a row without images becomes tokens where its completion is given.
     tokenize_row: ClassVar[Callable[..., dict[str, list[int]]]] = staticmethod(tokenize_unpaired)
+    # What holds completions, and what makes them.
+    samples_class: type[Samples] = Samples
+    mixture_class: type[Mixture] = Mixture
     args: DistillationConfig
     model: Any  # there always is one
+    # Tokens that both models know, where one head is padded further.
+    vocab_size: int | None = None
 
     @failing_together()
     def __init__(
@@ -107,20 +112,21 @@ class DistillationTrainer(OnlineTrainer):
         processing_class = older_tokenizer_name(type(self).__name__, processing_class, tokenizer)
         config: Any = self.resolve_config(args, model)
         check_dataset_type(train_dataset, "train_dataset")
-        teacher: Any = chosen_teacher(teacher_model, config)
+        teacher = self.choose_teacher(teacher_model, config)
         check_is_another(model, teacher, config, quantization_config)
         student: Any = self.resolve_model(model, config, quantization_config)
         processing_class = self.resolve_tokenizer(processing_class, student, config)
-        teacher = load_teacher(teacher, config)
-        self.compare_vocabularies(student, teacher, processing_class, config)
+        teacher = self.set_up_teacher(teacher, student, processing_class, config)
         self.toolbox = open_toolbox(tools, processing_class, config)
         train, evaluated = self.prepare_datasets(train_dataset, eval_dataset, processing_class, config, student)
         sequences = self.probe_sequences([list(row[PROMPT_IDS]) for row in train.take(2)], student, teacher)
         self.reference = ReferencePolicy(self)
-        student, layout = self.reference.set_up(student, teacher, config, peft_config, sequences)
-        self._read_heads_alike(base_model(student), config, sequences)
+        given: Any = (student, teacher, config, peft_config, sequences)
+        student, layout = self.reference.set_up(*given, wanted=False, adapter_wanted=False)
+        if teacher is not None:
+            self._read_heads_alike(base_model(student), config, sequences)
         self.rollout_func, self.sampling = rollout_func, Sampling(self)
-        self.generation, self.slicer = GenerationBuffer(config), Slicer()
+        self.generation, self.slicer = GenerationBuffer(config, self.samples_class), Slicer()
         self.start(
             model=student,
             args=config,
@@ -132,6 +138,26 @@ class DistillationTrainer(OnlineTrainer):
             optimizers=optimizers,
         )
         self._set_up_rollouts(base_model(student), layout, rollout_engine)
+
+    def choose_teacher(self, given: Any, args: Any) -> Any:
+        """Returns the teacher, a model or a name, that the trainer is given or that the arguments name.
+
+        Raises:
+            TypeError, ValueError: as in `teacher.chosen_teacher`.
+        """
+        return chosen_teacher(given, args)
+
+    def set_up_teacher(
+        self, teacher: Any, student: Any, tokenizer: PreTrainedTokenizerBase, args: Any
+    ) -> PreTrainedModel | PeftModel | None:
+        """Returns the teacher, loaded, whose vocabulary is the student's; None: it is not computed here.
+
+        Raises:
+            OSError, ValueError: as in `teacher.load_teacher` and `compare_vocabularies`.
+        """
+        teacher = load_teacher(teacher, args)
+        self.compare_vocabularies(student, teacher, tokenizer, args)
+        return teacher
 
     def compare_vocabularies(
         self, student: Any, teacher: Any, processing_class: PreTrainedTokenizerBase, args: Any
@@ -174,9 +200,10 @@ class DistillationTrainer(OnlineTrainer):
             parses_messages=True,
             # What a template writes behind an end token is part of a given completion.
             warns_of_cut_off=self.args.lmbda == 1,
+            samples_class=self.samples_class,
         )
         self.loop.settings = self.sampling.settings
-        self.mixture = Mixture(self)
+        self.mixture = self.mixture_class(self)
 
     # ---- data
 

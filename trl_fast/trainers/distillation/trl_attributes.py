@@ -45,3 +45,39 @@ GOLD_ATTRIBUTES = {
     "wandb_log_unique_prompts": argument("log_unique_prompts"),
     "pad_token_id": fixed_attribute(lambda trainer: trainer.tokenizer.pad_token_id, "it is the tokenizer's"),
 }
+
+SERVER_ATTRIBUTES = {name: argument(name) for name in ("loss_top_k", "loss_add_tail", "reverse_kl_top_1_mode")}
+SERVER_UNCALLED_HOOKS = {
+    **UNCALLED_HOOKS,
+    **dict.fromkeys(
+        (
+            *("_get_teacher_token_logprobs_from_server", "_get_reverse_kl_top_1_tokens", "_reduce_divergence_loss"),
+            *("_compute_server_sparse_top_1_divergence_loss", "_compute_server_forward_kl_loss"),
+            *("_compute_sparse_top_1_divergence_loss", "_compute_prompt_length"),
+        ),
+        _OTHER_LOSS,
+    ),
+}
+
+IW_OPD_ATTRIBUTES = {
+    **SERVER_ATTRIBUTES,
+    **{name: argument(name) for name in ("lmbda", "distillation_objective", "iw_opd_gamma", "iw_opd_epsilon")},
+    **{name: argument(name) for name in ("num_generations", "vllm_sync_frequency", "log_completions_steps")},
+    "use_teacher_server": fixed_attribute(lambda trainer: trainer.args.use_teacher_server, "give it to the config"),
+    "teacher_model_server_url": fixed_attribute(
+        lambda trainer: trainer.args.teacher_model_server_url, "the server is spoken to; give it to the config"
+    ),
+}
+IW_OPD_UNCALLED_HOOKS = {
+    **SERVER_UNCALLED_HOOKS,
+    **dict.fromkeys(
+        (
+            *("_generate_student_completions", "_generate_with_model", "_fill_buffer", "_store_completions_in_buffer"),
+            *("_get_completion_lengths", "_build_sequence_batch"),
+        ),
+        _OTHER_COMPLETIONS,
+    ),
+    **dict.fromkeys(
+        ("_compute_iw_opd_loss", "_compute_local_sparse_top_1_divergence_loss", "_get_teacher_logits"), _OTHER_LOSS
+    ),
+}

@@ -29,6 +29,8 @@ class SamplingConfig(BaseConfig):
     length_setting: ClassVar[str] = "max_completion_length"
     # What a batch size that changes during training would do.
     other_batch_size: ClassVar[str] = "sample a batch's completions again"
+    # The arguments that may hold a password, which is shown nowhere.
+    url_settings: ClassVar[tuple[str, ...]] = ("vllm_server_base_url",)
 
     learning_rate: float = 1e-6
     """Initial learning rate of AdamW."""
@@ -159,21 +161,24 @@ class SamplingConfig(BaseConfig):
         self.sampling_settings()
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the fields, for files and trackers, without the password of vllm_server_base_url."""
-        return {**super().to_dict(), "vllm_server_base_url": self._shown_url()}
+        """Returns the fields, for files and trackers, without the passwords of servers."""
+        return {**super().to_dict(), **self._shown_urls()}
 
     def __str__(self) -> str:
         shown = super().__str__()
-        url = self.vllm_server_base_url
-        return shown.replace(url, str(self._shown_url())) if url else shown
+        for name, url in self._shown_urls().items():
+            given = getattr(self, name)
+            shown = shown.replace(given, str(url)) if given else shown
+        return shown
 
-    def _shown_url(self) -> str | None:
-        """Returns vllm_server_base_url without its password."""
-        if self.vllm_server_base_url is None:
-            return None
+    def _shown_urls(self) -> dict[str, str | None]:
+        """Returns the servers' addresses by setting, without passwords."""
+        urls = {name: getattr(self, name) for name in self.url_settings}
+        if not any(urls.values()):
+            return urls
         from trl_fast.settings.server_url import without_password
 
-        return without_password(self.vllm_server_base_url)
+        return {name: without_password(url) for name, url in urls.items()}
 
     @property
     def completions_at_a_time(self) -> int:
