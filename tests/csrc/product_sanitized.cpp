@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <latch>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -31,9 +32,11 @@ void multiply_shared(const MatrixProduct& product, const ProductPart& part) {
   const std::unique_ptr<std::atomic<int64_t>[]> taken(new std::atomic<int64_t>[kernels.row_chunks(product, part)]());
   const SharedColumns shared = {taken.get(), kThreads};
   std::vector<std::thread> threads;
+  std::latch all(kThreads);
   for (int64_t thread = 0; thread < kThreads; ++thread) {
     threads.emplace_back([&] {
       const Memory memory(kernels.scratch_floats(product, part, true));
+      all.arrive_and_wait();
       kernels.multiply(product, part, &shared, memory.data);
     });
   }
