@@ -17,6 +17,7 @@ SETTINGS = {
     "max_steps": 8,
     "save_strategy": "steps",
     "save_steps": 1,
+    "gradient_checkpointing": False,
 }
 
 
