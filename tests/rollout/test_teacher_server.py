@@ -49,7 +49,8 @@ def test_questions_are_asked_side_by_side(model_path):
         return {"choices": [{"prompt_logprobs": [None, *([{"8": LIKELY}] * 4)]}]}
 
     with fake_server({"/v1/completions": slow}) as server:
-        asked = [client(server).ask(PROMPT, [8, 8], 1, 1.0) for _ in range(8)]
+        teacher = client(server)
+        asked = [teacher.ask(PROMPT, [8, 8], 1, 1.0) for _ in range(8)]
         assert [each.result().own_logprobs.tolist() for each in asked] == [[-0.5, -0.5]] * 8
     assert max(waiting) - min(waiting) < 0.25
 

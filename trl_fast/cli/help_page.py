@@ -100,7 +100,7 @@ def help_page(command: Command, topic: str = "", method: str | None = None) -> s
     more = {}
     if not few:
         more[f"{call} --help {ALL}"] = f"all {len(docs)} flags"
-        more[f"{call} --help WORD"] = "those with WORD in their name, such as lora"
+        more[f"{call} --help WORD"] = "flags with WORD in their name"
     if command.group == TRAIN:
         more[f"trl-fast init {command.name}"] = "a commented YAML file to begin with"
     return "\n".join([*lines, "", *notes, *_table(more)])

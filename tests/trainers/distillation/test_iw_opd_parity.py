@@ -123,7 +123,7 @@ GRADIENTS = {
     "lora": {"peft": {"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}},
     "answers that are not read": {"rows": answered},
 }
-QUICK = ("plain", "four micro-batches", "served")
+QUICK = ("plain", "four micro-batches")
 
 
 def some(names, quick):
@@ -136,6 +136,7 @@ def test_policy_gradients(name, compare):
     assert {f"iw_opd/{part}" for part in ("mean_advantage", "mean_weight", "max_weight")} <= logs[0].keys()
 
 
+@pytest.mark.slow
 def test_layouts(main_layout, compare):
     compare(ours={"batch_layout": main_layout})
 

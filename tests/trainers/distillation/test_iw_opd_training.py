@@ -82,7 +82,7 @@ def test_prompts_lose_their_beginning_and_answers_are_not_read(make, tokenizer):
 
 def test_kinds_of_completions_are_told_apart(make):
     rows = Dataset.from_list([{**row, "completion": f" It is {row['shade'] * 7}"} for row in color_prompts(16)])
-    settings = {"distillation_objective": "jsd", "lmbda": 0.5, "max_steps": 4, "gradient_accumulation_steps": 4}
+    settings = {"distillation_objective": "jsd", "lmbda": 0.5, "max_steps": 2, "gradient_accumulation_steps": 4}
     trainer = make(train_dataset=rows, per_device_train_batch_size=2, loss_top_k=0, **settings)
     trainer.train()
     logged = {name for log in trainer.state.log_history for name in log}
@@ -90,11 +90,14 @@ def test_kinds_of_completions_are_told_apart(make):
         assert {f"{kind}_loss", f"completions/{kind}_mean_length"} <= logged
 
 
-def test_evaluation_and_resuming(make, tmp_path):
+@pytest.mark.slow
+def test_resuming(make, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "rollout_engine": None}
     assert_resumes(lambda folder, **own: make(folder, **{**settings, **own}), tmp_path, (1, 2))
-    trainer = make(eval_dataset=color_prompts(4))
-    found = trainer.evaluate()
+
+
+def test_evaluation_is_on_sampled_completions(make):
+    found = make(eval_dataset=color_prompts(4)).evaluate()
     assert {"eval_loss", "eval_iw_opd/mean_weight"} <= found.keys()
 
 

@@ -90,9 +90,11 @@ def test_settings(name, compare):
     compare(**settings)
 
 
+@pytest.mark.slow
 def test_layouts(main_layout, compare):
     compare(ours={"batch_layout": main_layout}, beta=0.5)
 
 
+@pytest.mark.slow
 def test_lora(compare):
     compare(peft={"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}, evaluates=True)

@@ -97,9 +97,10 @@ def losses(trainer):
     return [log[name] for log in trainer.state.log_history if "loss" in log for name in ("loss", "grad_norm")]
 
 
-@pytest.mark.parametrize(
-    "settings", [{"beta": 0.0, "loss_top_k": 5, "loss_add_tail": False}, {"beta": 0.4, "temperature": 1.3}], ids=str
-)
+SPARSE = [{"beta": 0.0, "loss_top_k": 5, "loss_add_tail": False}, {"beta": 0.4, "temperature": 1.3}]
+
+
+@pytest.mark.parametrize("settings", [SPARSE[0], pytest.param(SPARSE[1], marks=pytest.mark.slow)], ids=str)
 def test_a_model_that_gives_its_own_logits_is_trained_alike(settings, make):
     # A micro-batch's loss is a mean of its own, and which completions it has is drawn.
     fused = losses(make(**settings))
@@ -108,6 +109,7 @@ def test_a_model_that_gives_its_own_logits_is_trained_alike(settings, make):
     assert losses(trainer) == pytest.approx(fused, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_resuming(make, tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "beta": 0.5}
     assert_resumes(lambda folder, **own: make(folder, rollout_engine=None, **{**settings, **own}), tmp_path, (1, 2))
