@@ -15,9 +15,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-# Nothing that is imported is ever garbage, and each look through all of it takes a tenth of a second.
-gc.disable()
-
 # accelerate parses the metadata of the same packages for every trainer, a tenth of a tiny trainer's time.
 importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
 importlib.metadata.version = functools.cache(importlib.metadata.version)
@@ -30,11 +27,6 @@ for _device in (torch.cuda, torch.mtia, torch.xpu):
 
 # A process that a shell starts in the background ignores Ctrl-C, and the tests of signals would wait for it in vain.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def pytest_collection_finish() -> None:
-    """Has garbage collected again once all modules of tests are imported."""
-    gc.enable()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -39,6 +39,7 @@ def test_a_token_of_other_letters_has_its_bytes():
     tokenizer = build_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<｜end▁of▁text｜>"]})
     ids, ends = spans_of_text(tokenizer, "a<｜end▁of▁text｜>")
+    assert token_bytes(tokenizer, ids) == [b"a", "<｜end▁of▁text｜>".encode()]
     assert ends == [1, 1 + len("<｜end▁of▁text｜>".encode())]
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -59,28 +57,25 @@ def plain(given, trees, mask, scale, softcap, dtype):
     return out.detach(), scores.detach().logsumexp(-1), *torch.autograd.grad(out, leaves, grad)
 
 
-def plains(given, *settings):
-    """The plain results in the inputs' dtype and in float64."""
-    return plain(given, *settings, given[0].dtype), plain(given, *settings, torch.float64)
-
-
-def check(given, trees, mask=None, scale=None, softcap=0.0):
-    settings = trees, mask or {}, given[0].shape[-1] ** -0.5 if scale is None else scale, softcap
-    hold(ours(given, *settings, "cpp"), plains(given, *settings), given, settings[2])
-
-
-def hold(results, plain_results, given, scale, backend="cpp"):
+def check(given, trees, mask=None, scale=None, softcap=0.0, backend="cpp"):
     """Holds every result to twice the error of the plain one in the same dtype, at its largest and summed.
 
     A rounding of the result is allowed beside the error: the plain one of a softmax of one key has none. The gradients
     of its query and key are 0, a difference of two sums of products. Our kernels take both in one order, so nothing is
     left but what float64 leaves of the exact ones; the reference in PyTorch leaves roundings of float32.
     """
+    mask, dtype = mask or {}, given[0].dtype
+    scale = given[0].shape[-1] ** -0.5 if scale is None else scale
+    results = (
+        ours(given, trees, mask, scale, softcap, backend),
+        plain(given, trees, mask, scale, softcap, dtype),
+        plain(given, trees, mask, scale, softcap, torch.float64),
+    )
     query, key, value, grad = (x.abs().max().double() if x.numel() else 0.0 for x in given)
-    largest, dtype = scale * grad * value * max(query, key), given[0].dtype
+    largest = scale * grad * value * max(query, key)
     left = torch.finfo(torch.float64).eps * given[2].shape[-1] * largest
     cancelled = torch.finfo(torch.float32).eps * largest if backend == "torch" else left
-    for name, got, baseline, exact in zip(("out", "lse", "dq", "dk", "dv"), results, *plain_results, strict=True):
+    for name, got, baseline, exact in zip(("out", "lse", "dq", "dk", "dv"), *results, strict=True):
         assert got.shape == exact.shape and got.dtype == (torch.float32 if name == "lse" else dtype)
         if got.numel() == 0:
             continue
@@ -91,57 +86,19 @@ def hold(results, plain_results, given, scale, backend="cpp"):
         assert errors[0].sum() <= 2 * (errors[1].sum() + rounding.sum()), name
 
 
-class Case(NamedTuple):
-    """Holds what all backends and instruction sets compute; the plain results take longer than theirs."""
-
-    heads: tuple[int, int, int, int]
-    dtype: torch.dtype
-    mask: str = "causal"
-    softcap: float = 0.0
-
-    @property
-    def scale(self):
-        return self.heads[2] ** -0.5
-
-    @property
-    def settings(self):
-        return LONG, MASKS[self.mask], self.scale, self.softcap
-
-    def given(self):
-        return draw(*self.heads, sum(map(num_tokens, LONG)), self.dtype)
-
-    def results(self, backend="cpp"):
-        return ours(self.given(), *self.settings, backend)
-
-    def hold(self, results, backend="cpp"):
-        hold(results, plains_of(self), self.given(), self.scale, backend)
-
-
-HEAD_CASES = [Case(*case) for case in itertools.product(HEADS, DTYPES)]
-MASK_CASES = [Case((4, 2, 32, 32), *case) for case in itertools.product(KINDS, MASKS, (0.0, 1.5))]
-
-
-@functools.cache
-def plains_of(case):
-    return plains(case.given(), *case.settings)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _plain_results_forgotten():
-    yield
-    plains_of.cache_clear()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_heads_of_every_kind(heads, dtype, backend):
+    check(draw(*heads, sum(map(num_tokens, LONG)), dtype), LONG, backend=backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", HEAD_CASES, ids=lambda case: f"{case.heads}-{case.dtype}")
-def test_heads_of_every_kind(case, backend):
-    case.hold(case.results(backend), backend)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", MASK_CASES, ids=lambda case: f"{case.softcap}-{case.mask}-{case.dtype}")
-def test_masks_and_caps(case, backend):
-    case.hold(case.results(backend), backend)
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("softcap", [0.0, 1.5])
+def test_masks_and_caps(mask, softcap, dtype, backend):
+    check(draw(4, 2, 32, 32, sum(map(num_tokens, LONG)), dtype), LONG, mask, None, softcap, backend)
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
@@ -341,7 +298,14 @@ def test_there_is_a_cpp_kernel_only():
     assert supports("row_attention", "triton", "cpu", torch.float32).reason.startswith("there is no triton kernel")
 
 
-def call_all_kernels():
+def check_all_kernels():
+    tokens = sum(map(num_tokens, LONG))
+    for heads in HEADS:
+        for dtype in DTYPES:
+            check(draw(*heads, tokens, dtype), LONG)
+    for mask in MASKS.values():
+        for softcap, dtype in itertools.product((0.0, 1.5), KINDS):
+            check(draw(4, 2, 32, 32, tokens, dtype), LONG, mask, None, softcap)
     for dtype in KINDS:
         test_scores_that_grow_and_shrink_by_thousands(dtype)
         test_nan_and_infinity_are_seen(dtype)
@@ -350,11 +314,8 @@ def call_all_kernels():
         # A gradient of a key of one head, of which all tokens' rows are summed.
         for tokens in (127, 129):
             check(draw(1, 1, 32, 32, tokens, dtype), ((tokens,),))
-    return [case.results() for case in (*HEAD_CASES, *MASK_CASES)]
 
 
 @pytest.mark.parametrize("isa", CPU_FLAGS | TILE_FLAGS)
 def test_every_instruction_set(isa):
-    found = check_instruction_set(isa, call_all_kernels, tested_here=True)
-    for case, results in zip((*HEAD_CASES, *MASK_CASES), found, strict=True):
-        case.hold(results)
+    check_instruction_set(isa, check_all_kernels, tested_here=True)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-import pickle
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -33,8 +31,8 @@ def cpu_has(isa: str) -> bool:
     return all(flag in flags for flag in (CPU_FLAGS | TILE_FLAGS)[isa])
 
 
-def check_instruction_set(isa: str, function: Callable[[], Any], *, tested_here: bool = False) -> Any:
-    """Returns what a function of a test file gives in a process whose kernels are those of an instruction set.
+def check_instruction_set(isa: str, function: Callable[[], None], *, tested_here: bool = False) -> None:
+    """Calls a function of a test file in a process whose kernels are those of an instruction set.
 
     That is this process if they are its own. All tests of this process share the others: each takes seconds to start.
     tested_here: whether other tests make the same calls with the kernels of this process.
@@ -47,12 +45,12 @@ def check_instruction_set(isa: str, function: Callable[[], Any], *, tested_here:
     if _kernels_are_of(isa):
         if tested_here:
             pytest.skip(f"{isa} is this process's own instruction set, whose kernels the other tests have called")
-        return function()
+        function()
+        return
     process = _process_of(isa)
     process.send(function)
-    error, found = process.recv()
+    error = process.recv()
     assert error is None, error[-2000:]
-    return pickle.loads(found)
 
 
 def _kernels_are_of(isa: str) -> bool:
@@ -71,13 +69,13 @@ def _process_of(isa: str) -> Connection:
 
 
 def _serve(isa: str, calls: Connection) -> None:
-    """Calls the functions that come, and answers with the traceback, or None, and what they return."""
+    """Calls the functions that come, and answers with None or the traceback."""
     os.environ["TRL_FAST_CPU_ISA"] = isa
     while True:
         try:
             function = calls.recv()
             assert _kernels_are_of(isa)
-            # As bytes: tensors would come as files of shared memory, of which a process may have few.
-            calls.send((None, pickle.dumps(function())))
+            function()
+            calls.send(None)
         except Exception:
-            calls.send((traceback.format_exc(), b""))
+            calls.send(traceback.format_exc())

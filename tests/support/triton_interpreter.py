@@ -15,7 +15,6 @@ so that kernels can still be compiled in the same process.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -211,21 +210,6 @@ def _repair_index(patches: _Patches) -> None:
     stock = patches.set(interpreter, "_patch_lang_tensor", patch_lang_tensor)
 
 
-def _look_once(patches: _Patches) -> None:
-    """Remembers which names of a package are built in: they are looked up at every call of a kernel and a helper."""
-    built_in: dict[Any, list[str]] = {}
-
-    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
-        if package not in built_in:
-            built_in[package] = [name for name, value in inspect.getmembers(package) if tl.core.is_builtin(value)]
-        for name in built_in[package]:
-            value = getattr(package, name)
-            if tl.core.is_builtin(value):  # not where a caller has put the interpreter's in its place
-                interpreter._patch_attr(package, name, value, builder, scope)
-
-    patches.set(interpreter, "_patch_builtin", patch_builtin)
-
-
 @contextlib.contextmanager
 def interpreter_repaired(*, poison_and_bounds: bool = True, shuffle: int | None = 0) -> Iterator[None]:
     """The repaired interpreter, with triton.knobs.runtime.interpret on; kernels made by `interpreted` run in it."""
@@ -234,7 +218,6 @@ def interpreter_repaired(*, poison_and_bounds: bool = True, shuffle: int | None 
         _repair_bf16(patches)
         _interpret_helpers(patches)
         _repair_index(patches)
-        _look_once(patches)
         if poison_and_bounds:
             _check_memory(patches)
         if shuffle is not None:

@@ -1,17 +1,10 @@
 import datasets
 import pytest
 from datasets.fingerprint import generate_random_fingerprint
-from transformers import PreTrainedModel
 
 import trl_fast.data.packing as packing
-from support.loaded_once import loaded_once
 from support.models import save_tiny_classifier, save_tiny_model
 from support.tokenizer import build_tokenizer
-from support.tried_layouts import tried_once
-from trl_fast.modeling import layouts
-
-LOAD_ONCE = loaded_once(PreTrainedModel.from_pretrained.__func__)
-TRY_OUT_ONCE = tried_once(layouts._try_out)
 
 
 @pytest.fixture(scope="session")
@@ -42,22 +35,6 @@ def folders(tmp_path_factory):
         return made[family]
 
     return folder
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _layouts_tried_once():
-    """Tries a layout out once for each kind of model; modules that test how one is chosen override this."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layouts, "_try_out", TRY_OUT_ONCE)
-        yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _models_loaded_once():
-    """Copies models that were loaded before, of ours and of TRL's."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PreTrainedModel, "from_pretrained", classmethod(LOAD_ONCE))
-        yield
 
 
 @pytest.fixture

@@ -31,11 +31,6 @@ REFUSED = {
 SERVED = ["gemma3_text", "gemma4_text", "gpt_oss", "qwen3_5_text", "lfm2", "jamba"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _layouts_tried_once():
-    """Here every model is tried out."""
-
-
 @pytest.fixture
 def build(tokenizer, tmp_path, caplog):
     """A DPO trainer of a model, and what was said about its layout."""

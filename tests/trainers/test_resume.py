@@ -16,10 +16,8 @@ from support.training import color_labels, color_pairs, make_trainer
 from trl_fast.trainers import BEMACallback
 from trl_fast.trainers.online.completions_log import CompletionsLog
 
-# Epochs of three optimizer steps, the last one of fewer micro-batches; checkpoints between two logs. Layers are
-# computed again in backward, which takes time, only where a random state matters to that: with dropout.
+# Epochs of three optimizer steps, the last one of fewer micro-batches; checkpoints between two logs.
 SETTINGS = {
-    "gradient_checkpointing": False,
     "per_device_train_batch_size": 2,
     "gradient_accumulation_steps": 2,
     "max_steps": 5,
@@ -98,8 +96,7 @@ def test_dropout_of_an_adapter_and_evaluations_between(method, resumes, model_pa
         given = arguments_of(method, (model_path, reward_model_path), tokenizer)
         return {"peft_config": LoraConfig(**LORA, task_type=task), "eval_dataset": given["train_dataset"]}
 
-    settings = {"disable_dropout": False, "gradient_checkpointing": True}
-    resumes(method, (3, 4), more, eval_strategy="steps", eval_steps=2, **settings)
+    resumes(method, (3, 4), more, disable_dropout=False, eval_strategy="steps", eval_steps=2)
 
 
 @pytest.mark.slow

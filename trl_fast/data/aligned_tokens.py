@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from .device_transfer import copy_to_device
+
 Span = tuple[range, range]
 
 
@@ -31,7 +33,7 @@ class SpanRows:
 
     def to(self, device: torch.device) -> SpanRows:
         """Returns the same on a device."""
-        return SpanRows(*(each.to(device) for each in (self.bases, self.others, self.tokens, self.spans)))
+        return SpanRows(*(copy_to_device(each, device) for each in (self.bases, self.others, self.tokens, self.spans)))
 
 
 class Completion(NamedTuple):

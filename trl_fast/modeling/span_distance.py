@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -18,7 +18,14 @@ from transformers import PreTrainedModel
 from trl_fast.data.aligned_tokens import SpanRows
 from trl_fast.ops import HeadOptions, selective_log_softmax
 from trl_fast.ops.head.logit_transform import LogitTransform
-from trl_fast.ops.linear_distance import Distance, DistanceHead, DistanceLoss, linear_distance, logit_distance
+from trl_fast.ops.linear_distance import (
+    Distance,
+    DistanceHead,
+    DistanceLoss,
+    linear_distance,
+    logit_distance,
+    row_bytes,
+)
 from trl_fast.ops.linear_logprob import token_logprobs
 from trl_fast.ops.linear_token_loss import token_loss_of_head
 from trl_fast.ops.token_scores import required
@@ -29,6 +36,8 @@ from .scoring import DEFAULT_HEAD, call_head
 
 # Below it a token's probability counts as this much in that of its span, as in TRL.
 _SMALLEST = math.log(1e-8)
+# Rows of spans that a workspace has room for where its size is not given.
+_LEAST_ROWS = 16
 
 
 class SpanLoss(NamedTuple):
@@ -44,8 +53,8 @@ class SpanComparison:
 
     - `student`, `teacher`: rows of G spans; `weights` (G,) float32, of the spans in the loss.
     - `distance`: compares rows of probabilities; `temperature`, `teacher_temperature` divide the logits.
-    - `targets` (N,), `target_weights` (N,) float32: tokens at the student's places and their weights in a likelihood
-      that is learned too; None: none is.
+    - `target_rows`, `targets` (M,): places of the student and the tokens that it predicts there, whose likelihood is
+      learned too with `target_weight`; None: none is.
     """
 
     student: SpanRows
@@ -54,8 +63,9 @@ class SpanComparison:
     distance: Distance
     temperature: float = 1.0
     teacher_temperature: float = 1.0
+    target_rows: torch.Tensor | None = None
     targets: torch.Tensor | None = None
-    target_weights: torch.Tensor | None = None
+    target_weight: float = 0.0
 
 
 class _Side(Protocol):
@@ -142,10 +152,9 @@ def _compared(
         weights = (by_factor * factors)[given.student.spans].masked_fill(logprobs < _SMALLEST, 0.0)
         term = student.weighed(given.student.others, given.student.tokens, weights)
         loss = loss + (term - term.detach())
-    if given.targets is not None and given.target_weights is not None:
-        counted = given.target_weights.nonzero().squeeze(1)
-        likelihood = untempered.weighed(counted, given.targets[counted], given.target_weights[counted])
-        loss = loss - likelihood
+    if given.target_rows is not None and given.targets is not None:
+        weights = torch.full_like(given.target_rows, given.target_weight, dtype=torch.float32)
+        loss = loss - untempered.weighed(given.target_rows, given.targets, weights)
     return {"loss": loss, "parts": parts}
 
 
@@ -184,6 +193,10 @@ class ReadSpanDistance(TwoHeads):
     ) -> dict[str, torch.Tensor]:
         """Returns the loss and the parts, by name, of states (N, H) and (N', H')."""
         given = self.comparison
+        if self.head.workspace_bytes is None:
+            # By itself it is one of a head's logits, and TRL keeps all rows.
+            needed = row_bytes(len(head.weight), len(teacher_head.weight)) * min(len(given.weights), _LEAST_ROWS)
+            options = replace(options, workspace_bytes=max(options.workspace_bytes or 0, needed))
         # A weight in parts takes its gradient in one way only, that of the distance.
         head, teacher_head = head._replace(source=None), teacher_head._replace(source=None)
         student = _OfHead.of(model, states, head, given.temperature, options)

@@ -95,6 +95,11 @@ def linear_distance(
     return DistanceLoss(*_LinearDistance.apply(*given))
 
 
+def row_bytes(columns: int, teacher_columns: int, itemsize: int = 4) -> int:
+    """Returns the bytes of the workspace that a row of two heads takes; itemsize: bytes of a logit."""
+    return columns * (itemsize + _STUDENT_BYTES) + teacher_columns * (itemsize + _TEACHER_BYTES)
+
+
 class _LinearDistance(torch.autograd.Function):
     """Computes the loss and, in the same pass, its gradients by the student's hidden states, weight and bias."""
 
@@ -142,9 +147,8 @@ def _swept(
     """Returns parts (K, N), the gradients (N,) of the factors, and those of hidden states, weight and bias."""
     own, given = (DivergenceHead.of(*side[:4], len(side.weight)) for side in (student, teacher))
     num_rows = len(student.hidden)
-    row_bytes = own.vocab_size * (own.logits.itemsize + _STUDENT_BYTES)
-    row_bytes += given.vocab_size * (given.logits.itemsize + _TEACHER_BYTES)
-    height = block_rows(num_rows, row_bytes, workspace_bytes, student.hidden.device)
+    row = row_bytes(own.vocab_size, given.vocab_size, max(own.logits.itemsize, given.logits.itemsize))
+    height = block_rows(num_rows, row, workspace_bytes, student.hidden.device)
     blocks = slices(0, num_rows, height)
     scale = loss_scale(own, weights * student.factors) if any(needs) else None
     bias = student.weight if student.bias is None else student.bias

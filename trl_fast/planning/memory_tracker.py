@@ -60,8 +60,7 @@ class MemoryTracker(TorchDispatchMode):
         super().__init__()
         self._observe = observe
         self._kernels = kernels
-        # By identity: a code's hash takes in all that it holds, and every allocation asks for that of each caller.
-        self._kinds_by_code = {id(code): (code, kind) for code, kind in (kinds_by_code or {}).items()}
+        self._kinds_by_code = kinds_by_code or {}
         self._granularity = granularity
         self._workspace = workspace
         self._allocations: list[Allocation] = []
@@ -153,8 +152,8 @@ class MemoryTracker(TorchDispatchMode):
         """Returns the kind that goes with a function at work, if there is one."""
         frame = sys._getframe(1) if self._kinds_by_code else None
         while frame is not None:
-            if (found := self._kinds_by_code.get(id(frame.f_code))) is not None:
-                return found[1]
+            if (kind := self._kinds_by_code.get(frame.f_code)) is not None:
+                return kind
             frame = frame.f_back
         return None
 

@@ -69,16 +69,14 @@ def read_fields(place: str) -> dict[str, FieldDoc]:
     for base in reversed(node.bases):
         above = module.place_of(base.id) if isinstance(base, ast.Name) else None
         found |= read_fields(above) if above else {}
-    local = _assignments(node.body)
     for field in node.body:
         if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.unparse(field.annotation):
-            doc = _field(field, node, module, local)
+            doc = _field(field, node, module)
             found[doc.name] = doc
     return found
 
 
-def _field(field: ast.AnnAssign, owner: ast.ClassDef, module: _Module, local: dict[str, ast.expr]) -> FieldDoc:
-    """Returns what the source says of a field; `local` are the assignments in the body of its class."""
+def _field(field: ast.AnnAssign, owner: ast.ClassDef, module: _Module) -> FieldDoc:
     assert isinstance(field.target, ast.Name)
     call = field.value if isinstance(field.value, ast.Call) else None
     maker = ast.unparse(call.func) if call else None
@@ -90,6 +88,7 @@ def _field(field: ast.AnnAssign, owner: ast.ClassDef, module: _Module, local: di
             for key, value in zip(metadata.keys, metadata.values, strict=True)
             if isinstance(key, ast.Constant)
         }
+    local = _assignments(owner.body)
     default = field.value
     if maker == "field":
         default = given.get("default")

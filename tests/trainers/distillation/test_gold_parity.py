@@ -1,6 +1,7 @@
 """GOLDTrainer against TRL 1.16.0's: loss, gradient norm and every metric that TRL logs."""
 
 import pytest
+import torch
 import trl.experimental.gold as trl_gold
 from peft import LoraConfig
 
@@ -103,3 +104,50 @@ def test_two_tokenizers(name, compare):
 
 def test_lora(compare):
     compare(**BAYESIAN, peft={"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"})
+
+
+def outputs_of(answers, tokenizer):
+    """TRL's way of sampling, which takes completions by prompt."""
+
+    def outputs(trainer, model, inputs, generation_config):
+        prompts, masks = inputs["prompts"], inputs["prompt_attention_mask"]
+        own = [ids[mask.bool()].tolist() for ids, mask in zip(prompts, masks, strict=True)]
+        found = [answers(ids) for ids in own]
+        pad = torch.nn.utils.rnn.pad_sequence
+        completions, present = (
+            pad([torch.tensor(ids) if told else torch.ones(len(ids), dtype=torch.long) for ids in found], True)
+            for told in (True, False)
+        )
+        input_ids, attention = torch.cat([prompts, completions], 1), torch.cat([masks, present], 1)
+        labels = input_ids.masked_fill(attention == 0, -100)
+        labels[:, : prompts.shape[1]] = -100
+        return input_ids, attention, labels, *(list(map(tokenizer.decode, each)) for each in (own, found))
+
+    return outputs
+
+
+@pytest.mark.parametrize(
+    "settings", [ULD, pytest.param(BAYESIAN, marks=pytest.mark.slow)], ids=["observed", "bayesian"]
+)
+def test_sampled_completions(settings, model_path, other_teacher_path, tokenizer, tmp_path, monkeypatch):
+    """Some of them end, some are cut off; of one tokenizer TRL divides the loss by other completions' tokens."""
+
+    def answers(ids):
+        words = tokenizer(f" It is {sum(ids) % 97} blue, of course", add_special_tokens=False)["input_ids"]
+        return [*words[: 3 + sum(ids) % 5], *([tokenizer.eos_token_id] if sum(ids) % 2 else [])]
+
+    class ByPrompt:
+        def generate(self, prompt_ids, settings):
+            return trl_fast.rollout.Rollout(prompt_ids, [answers(list(ids)) for ids in prompt_ids])
+
+        def sync_weights(self, model, step):
+            pass
+
+    monkeypatch.setattr(trl_gold.GOLDTrainer, "generate_on_policy_outputs", outputs_of(answers, tokenizer))
+    arguments = {"model": model_path, "teacher_model": other_teacher_path, "eval_dataset": conversations(4)}
+    arguments |= {"train_dataset": conversations(), "processing_class": tokenizer}
+    settings = {**BASE, "lmbda": 1.0, **settings}
+    expected = logs_of(trl_gold, tmp_path / "trl", arguments, settings)
+    got = logs_of(trl_fast, tmp_path / "ours", {**arguments, "rollout_engine": ByPrompt()}, settings)
+    assert_same_where_trl_logs(got, expected)
+    assert expected[0]["on_policy_loss"] > 1e-3

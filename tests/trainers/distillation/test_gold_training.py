@@ -6,6 +6,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import trl_fast
+import trl_fast.modeling.memory_budgets as memory_budgets
 import trl_fast.ops.linear_distance as linear_distance
 from support.given_answers import conversations, texts
 from support.resuming import assert_resumes
@@ -79,6 +80,14 @@ def test_tiles_of_rows_are_bounded_by_the_workspace(make, monkeypatch):
     tallest, heights[:] = max(heights), []
     tiles = numbers(make(head_workspace_bytes=3 * row, **ULD))
     assert 0 < max(heights) <= 3 < tallest and tiles == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_workspace_that_is_not_given_holds_some_rows(make, monkeypatch):
+    """Of a head with many tokens, few logits are more than what is taken for as few rows by other methods."""
+    expected = numbers(make(**ULD))
+    monkeypatch.setattr(memory_budgets, "_ROW_BYTES_ON_CPU", 1)
+    monkeypatch.setattr(memory_budgets, "_LEAST_ROWS", 1)
+    assert numbers(make(**ULD)) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])

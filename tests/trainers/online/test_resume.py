@@ -17,7 +17,6 @@ SETTINGS = {
     "max_steps": 8,
     "save_strategy": "steps",
     "save_steps": 1,
-    "gradient_checkpointing": False,
 }
 
 

@@ -16,9 +16,7 @@ from support.training import make_trainer
 from trl_fast.data.segments import segments_of
 from trl_fast.rollout import Rollout
 
-# The tests beside TRL's trainers compute layers again in backward.
 SETTINGS = {"max_completion_length": 8, "num_generations": 2, "max_steps": 2, "distillation_topk": 7}
-SETTINGS |= {"gradient_checkpointing": False}
 
 
 @pytest.fixture

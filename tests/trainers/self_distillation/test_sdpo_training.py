@@ -15,8 +15,7 @@ from support.training import make_trainer
 from trl_fast.data.segments import segments_of
 from trl_fast.rollout import Rollout
 
-# The tests beside TRL's trainers compute layers again in backward.
-SETTINGS = {"max_completion_length": 8, "num_generations": 4, "max_steps": 2, "gradient_checkpointing": False}
+SETTINGS = {"max_completion_length": 8, "num_generations": 4, "max_steps": 2}
 
 
 @pytest.fixture

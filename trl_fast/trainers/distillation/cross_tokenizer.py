@@ -157,8 +157,12 @@ class SpanUpdateMaker:
             teacher_temperature=args.uld_teacher_temperature,
         )
         if args.uld_crossentropy_weight:
-            weights = student.is_own * (args.uld_crossentropy_weight / tokens)
-            comparison = replace(comparison, targets=student.batch.targets, target_weights=weights)
+            comparison = replace(
+                comparison,
+                target_rows=student.own,
+                targets=student.batch.targets[student.own],
+                target_weight=args.uld_crossentropy_weight / tokens,
+            )
         return SpanUpdate(student.batch, teacher.batch, comparison, shares, len(part))
 
     def _side(
@@ -177,15 +181,15 @@ class SpanUpdateMaker:
         lengths = [len(own) + further for own in ids]
         rows = span_rows(ids, groups, lengths=lengths, after=after).to(maker.device)
         is_own = torch.cat([torch.arange(length) < length - further for length in lengths])
-        return _Side(batch, rows, copy_to_device(is_own, maker.device))
+        return _Side(batch, rows, copy_to_device(is_own.nonzero().squeeze(1), maker.device))
 
 
 class _Side(NamedTuple):
-    """Holds the tokens of one model, the rows of its spans, and which of its places are those of a completion (N,)."""
+    """Holds the tokens of one model, the rows of its spans, and the places (M,) that predict a completion's tokens."""
 
     batch: TokenBatch
     rows: SpanRows
-    is_own: torch.Tensor
+    own: torch.Tensor
 
 
 def distance_of(

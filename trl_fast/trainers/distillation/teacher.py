@@ -216,7 +216,8 @@ def _check_tokens(own: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) 
         found = [each.get(index) for each in texts]
         raise ValueError(
             f"teacher_model: its tokenizer differs from the student's: token {index} is {found[1]!r} for the teacher "
-            f"and {found[0]!r} for the student; use a teacher with the student's tokenizer"
+            f"and {found[0]!r} for the student; use a teacher with the student's tokenizer, or GOLDTrainer with "
+            "use_uld_loss=True"
         )
     if differing:
         index = differing[0]
