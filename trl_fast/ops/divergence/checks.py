@@ -109,6 +109,6 @@ def _check_values(logprobs: torch.Tensor, ids: torch.Tensor, weights: torch.Tens
         (counts & ~known.any(dim=1), "no token; give it weight 0"),
         (~(total <= 1 + _EXCESS), "probabilities of more than 1 in all, or NaN: are these logits?"),
     ):
-        if bool(bad.any()):
-            row = int(bad.nonzero()[0])
-            raise ValueError(f"teacher_ids, teacher_logprobs: row {row} has {said}")
+        rows = bad.nonzero()
+        if len(rows):
+            raise ValueError(f"teacher_ids, teacher_logprobs: row {int(rows[0])} has {said}")
