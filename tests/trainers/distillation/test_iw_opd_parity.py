@@ -175,7 +175,7 @@ def test_trl_divides_by_what_it_does_not_learn_from(
     settings = {**BASE, "gradient_accumulation_steps": 1, "max_steps": 1}
     trainer = make_trainer(trl_iw_opd, tmp_path / "trl", method="IWOPD", arguments=given, **settings)
     trainer.train()
-    assert not math.isfinite(trainer.state.log_history[0]["loss"]) or trainer.state.log_history[0]["grad_norm"] == 0
+    assert not math.isfinite(trainer.state.log_history[0]["grad_norm"])
     given["rollout_engine"] = FixedEngine(tokenizer)
     trainer = make_trainer(trl_fast, tmp_path / "ours", method="IWOPD", arguments=given, **settings)
     trainer.train()

@@ -77,7 +77,6 @@ def test_every_divergence(name, compare):
 SETTINGS = {
     "one micro-batch": {"gradient_accumulation_steps": 1, "max_steps": 3},
     "four of them": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "beta": 0.5},
-    "several completions": {"num_generations": 4, "beta": 0.5, "num_generations_eval": 2},
     "warm": {"temperature": 1.7, "beta": 0.3},
     "in order": {"shuffle_dataset": False, "beta": 0.0, "loss_top_k": 3},
 }
@@ -85,9 +84,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", some(SETTINGS, ("four of them",)))
 def test_settings(name, compare):
-    settings = dict(SETTINGS[name])
-    settings.pop("num_generations_eval", None)
-    compare(**settings)
+    compare(**SETTINGS[name])
 
 
 @pytest.mark.slow
