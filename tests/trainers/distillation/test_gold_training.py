@@ -155,11 +155,11 @@ def test_a_teacher_that_is_loaded_needs_a_tokenizers_name(make, other_teacher_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, ULD, HYBRID], ids=["jsd", "uld", "hybrid"])
 def test_the_distance_of_given_texts_falls(settings, make):
-    settings = {**settings, "max_steps": 30, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
+    settings = {**settings, "max_steps": 40, "learning_rate": 1e-2, "lr_scheduler_type": "constant"}
     trainer = make(eval_dataset=conversations(4), **settings)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
-    assert trainer.evaluate()["eval_loss"] < 0.7 * before
+    assert trainer.evaluate()["eval_loss"] < 0.85 * before
 
 
 @pytest.mark.slow

@@ -41,6 +41,7 @@ class GOLDTrainer(GKDTrainer):
     # The teacher's, where it is another one than the student's.
     teacher_tokenizer: PreTrainedTokenizerBase | None = None
     spans: SpanUpdateMaker
+    head_sizes: list[int]
 
     def compare_vocabularies(
         self, student: Any, teacher: Any, processing_class: PreTrainedTokenizerBase, args: Any
@@ -54,6 +55,8 @@ class GOLDTrainer(GKDTrainer):
             super().compare_vocabularies(student, teacher, processing_class, args)
             return
         self.vocab_size = None
+        # As long as the heads are whole.
+        self.head_sizes = head_sizes(student, teacher)
         self.teacher_tokenizer = tokenizer_of_teacher(teacher, args)
         check_tokenizers(processing_class, self.teacher_tokenizer, args)
 
@@ -70,7 +73,7 @@ class GOLDTrainer(GKDTrainer):
                 "use_uld_loss=True is not served for prompts with images; give a teacher with the student's tokenizer "
                 "and set it to False"
             )
-        known = min(head_sizes(student, teacher))
+        known = min(self.head_sizes)
         return [[token % known for token in ids] for ids in sequences]
 
     def _set_up_rollouts(self, model: PreTrainedModel, layout: str, engine: RolloutEngine | None) -> None:
@@ -81,7 +84,7 @@ class GOLDTrainer(GKDTrainer):
         teacher: Any = base_model(self.accelerator.unwrap_model(self.teacher_model))
         positions = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
         padding = other.eos_token_id if other.pad_token_id is None else other.pad_token_id
-        sizes = head_sizes(model, teacher)
+        sizes = self.head_sizes
         self.spans = SpanUpdateMaker(
             Interpreter(self.tokenizer, other, args, self.end_ids, positions),
             self.updates,
