@@ -29,7 +29,7 @@ def client(server, vocab_size=10**6):
 def test_it_tells_what_the_model_says(model_path):
     model = AutoModelForCausalLM.from_pretrained(model_path)
     with teacher_server(model_path) as server:
-        found = client(server).ask(PROMPT, COMPLETION, 3, 0.7).result()
+        found = client(server).ask([(PROMPT, COMPLETION)], 3, 0.7)[0].result()
     logprobs = model(torch.tensor([PROMPT + COMPLETION])).logits[0, 2:4].detach().log_softmax(dim=-1)
     wanted = logprobs.topk(3)
     torch.testing.assert_close(found.logprobs, wanted.values)
@@ -50,7 +50,7 @@ def test_questions_are_asked_side_by_side(model_path):
 
     with fake_server({"/v1/completions": slow}) as server:
         teacher = client(server)
-        asked = [teacher.ask(PROMPT, [8, 8], 1, 1.0) for _ in range(8)]
+        asked = teacher.ask([(PROMPT, [8, 8])] * 8, 1, 1.0)
         assert [each.result().own_logprobs.tolist() for each in asked] == [[-0.5, -0.5]] * 8
     assert max(waiting) - min(waiting) < 0.25
 
@@ -86,7 +86,7 @@ def test_answers_that_cannot_be_read(name):
     answer, kind, message = ANSWERS[name]
     body = {"choices": [{"prompt_logprobs": answer}]} if isinstance(answer, list) else answer
     with fake_server({"/v1/completions": body}) as server:
-        asked = client(server, vocab_size=300).ask(PROMPT, COMPLETION, 3, 1.0)
+        (asked,) = client(server, vocab_size=300).ask([(PROMPT, COMPLETION)], 3, 1.0)
         with pytest.raises(kind, match=message) as error:
             asked.result()
     assert "\n" not in str(error.value) and str(error.value).startswith("teacher: ") and server.url in str(error.value)
@@ -94,7 +94,7 @@ def test_answers_that_cannot_be_read(name):
 
 def test_fewer_likely_tokens_than_asked_for():
     with fake_server({"/v1/completions": {"choices": [{"prompt_logprobs": [None, {"8": LIKELY}]}]}}) as server:
-        found = client(server).ask([5], [8], 3, 1.0).result()
+        found = client(server).ask([([5], [8])], 3, 1.0)[0].result()
     assert found.logprobs.tolist() == [[-0.5, -math.inf, -math.inf]]
 
 
@@ -105,6 +105,16 @@ def test_a_server_that_is_gone(monkeypatch):
     with pytest.raises(
         ConnectionError, match=r"did not answer /v1/completions .*go on with train\(resume_from"
     ) as error:
-        asked.ask(PROMPT, COMPLETION, 1, 1.0).result()
+        asked.ask([(PROMPT, COMPLETION)], 1, 1.0)[0].result()
     assert "asked for the 1 likeliest tokens at 2 places after 3 tokens" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_what_has_not_been_asked_is_not_asked_of_a_server_that_refuses():
+    """A run ends with its error, and does not wait for all other answers of the step to be lost too."""
+    with fake_server({"/v1/completions": lambda: time.sleep(0.2) or (500, {})}) as server:
+        asked = client(server).ask([(PROMPT, COMPLETION)] * 200, 1, 1.0)
+        for each in asked:
+            with pytest.raises(RuntimeError, match="teacher: .* 500"):
+                each.result()
+        assert len([path for _, path, _ in server.requests if path == "/v1/completions"]) < 100

@@ -63,6 +63,7 @@ def prepare_given_completions(
     image_reader: ImageReader | None = None,
     chat_template_kwargs: dict[str, Any] | None = None,
     max_length: int | None = None,
+    max_prompt_length: int | None = None,
     tokenize: Callable[..., dict[str, list[int]]] = tokenize_unpaired,
     num_proc: int | None = None,
     name: str = "train",
@@ -71,7 +72,8 @@ def prepare_given_completions(
 
     They are tokenized together. All other columns stay.
 
-    image_reader: as in `prompt_only.prepare_prompt_dataset`. max_length: longer rows lose their prompt's beginning.
+    image_reader: as in `prompt_only.prepare_prompt_dataset`. max_length: longer rows lose their prompt's beginning;
+    max_prompt_length: longer prompts do.
     tokenize: from a row without images and the tokenizer to both columns.
 
     Raises:
@@ -92,6 +94,7 @@ def prepare_given_completions(
         "processing_class": processing_class,
         "template_kwargs": chat_template_kwargs or {},
         "max_length": max_length,
+        "max_prompt_length": max_prompt_length,
         "tokenize": tokenize,
         "name": name,
     }
@@ -117,6 +120,7 @@ def _tokenize_row(
     processing_class: PreTrainedTokenizerBase,
     template_kwargs: dict[str, Any],
     max_length: int | None,
+    max_prompt_length: int | None,
     tokenize: Callable[..., dict[str, list[int]]],
     name: str,
     image_reader: ImageReader | None = None,
@@ -140,4 +144,5 @@ def _tokenize_row(
             f"{place(name, row)}: the prompt has no token left before its completion of {len(completion_ids)} "
             f"tokens{limit}, or remove the row."
         )
-    return {PROMPT_IDS: prompt_ids[-left:], COMPLETION_IDS: completion_ids}
+    kept = min(left, max_prompt_length or left)
+    return {PROMPT_IDS: prompt_ids[-kept:], COMPLETION_IDS: completion_ids}

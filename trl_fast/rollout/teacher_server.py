@@ -8,6 +8,7 @@ vLLM knows no temperature there: it tells the model's own distribution.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from operator import itemgetter
@@ -58,13 +59,26 @@ class TeacherServer:
         )
         self._threads = ThreadPoolExecutor(max_workers=REQUESTS_AT_ONCE, thread_name_prefix="teacher server")
 
-    def ask(self, prompt: list[int], completion: list[int], count: int, temperature: float) -> Future[TaughtTokens]:
-        """Asks about a completion's tokens and the `count` likeliest ones at their places; returns at once.
+    def ask(
+        self, pairs: Iterable[tuple[list[int], list[int]]], count: int, temperature: float
+    ) -> list[Future[TaughtTokens]]:
+        """Asks about completions of prompts: their tokens, and the `count` likeliest ones there; returns at once.
 
-        The answer's `result()` raises ConnectionError where the server does not answer, and RuntimeError where it
-        refuses, or answers something else.
+        An answer's `result()` raises ConnectionError where the server does not answer, and RuntimeError where it
+        refuses, or answers something else. What has not been asked by then is not asked any more, and fails alike.
         """
-        return self._threads.submit(self._ask, prompt, completion, count, temperature)
+        failures: list[Exception] = []
+
+        def answer(prompt: list[int], completion: list[int]) -> TaughtTokens:
+            if failures:
+                raise failures[0]
+            try:
+                return self._ask(prompt, completion, count, temperature)
+            except Exception as error:
+                failures.append(error)
+                raise
+
+        return [self._threads.submit(answer, *pair) for pair in pairs]
 
     def _ask(self, prompt: list[int], completion: list[int], count: int, temperature: float) -> TaughtTokens:
         tokens = [*prompt, *completion]

@@ -114,8 +114,8 @@ class GRPOTrainer(GroupTrainer):
         )
         samples.importance_ratios = samples.split(found.ratios)
         gap = (old - sampled).abs()[counts > 0]
-        self.recorder.record_sampling("sampling_logp_difference", gap[~gap.isnan()], ("mean", "max"))
-        self.recorder.record_sampling("importance_sampling_ratio", found.shown, ("min", "mean", "max"))
+        self.recorder.record_statistics("sampling/sampling_logp_difference/{}", gap[~gap.isnan()], ("mean", "max"))
+        self.recorder.record_statistics("sampling/importance_sampling_ratio/{}", found.shown, ("min", "mean", "max"))
 
     # ---- the update
 

@@ -80,6 +80,14 @@ def test_prompts_lose_their_beginning_and_answers_are_not_read(make, tokenizer):
     assert first == second == whole[-12:]
 
 
+def test_prompts_of_given_answers_lose_their_beginning_too(make, tokenizer):
+    rows = Dataset.from_list([{"prompt": "red " * 30 + "blue?", "completion": " yes"}] * 4)
+    settings = {"distillation_objective": "jsd", "lmbda": 0.5, "loss_top_k": 0}
+    trainer = make(train_dataset=rows, max_length=256, max_prompt_length=12, **settings)
+    (first, *_) = (row["prompt_ids"] for row in trainer.train_dataset)
+    assert first == tokenizer("red " * 30 + "blue?")["input_ids"][-12:]
+
+
 def test_kinds_of_completions_are_told_apart(make):
     rows = Dataset.from_list([{**row, "completion": f" It is {row['shade'] * 7}"} for row in color_prompts(16)])
     settings = {"distillation_objective": "jsd", "lmbda": 0.5, "max_steps": 2, "gradient_accumulation_steps": 4}

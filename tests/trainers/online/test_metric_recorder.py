@@ -51,8 +51,8 @@ def test_extremes_of_micro_batches_without_any_take_no_part():
 
 def test_sampling():
     recorder = Recorder()
-    recorder.record_sampling("difference", torch.tensor([0.5, 1.0, 3.0]), ("min", "mean", "max"))
-    recorder.record_sampling("nothing", torch.zeros(0), ("max",))
+    recorder.record_statistics("sampling/difference/{}", torch.tensor([0.5, 1.0, 3.0]), ("min", "mean", "max"))
+    recorder.record_statistics("sampling/nothing/{}", torch.zeros(0), ("max",))
     names = ("difference/min", "difference/mean", "difference/max", "nothing/max")
     assert recorder.read() == dict(zip((f"sampling/{name}" for name in names), (0.5, 1.5, 3.0, 0.0), strict=True))
 
@@ -63,6 +63,6 @@ def test_nothing_waits_until_it_is_read():
         values = torch.zeros(4, device="cuda")
         waits.clear()
         recorder.record_extremes({"ratio_min": values, "ratio_max": values})
-        recorder.record_sampling("difference", torch.ones(3), ("mean", "max"))
+        recorder.record_statistics("sampling/difference/{}", torch.ones(3), ("mean", "max"))
         recorder.record_values({"num_tokens": 12})
         assert not waits.report()

@@ -137,6 +137,11 @@ class DistillationConfig(SamplingConfig):
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     @property
+    def given_prompt_limit(self) -> int | None:
+        """Returns the tokens that are kept of a prompt whose completion is given, however long that is; None: all."""
+        return None
+
+    @property
     def prompt_limit(self) -> int | None:
         """Returns the tokens that are left of a prompt whose completion is sampled, its last ones; None: all."""
         return None

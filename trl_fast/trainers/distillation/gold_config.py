@@ -10,6 +10,7 @@ from trl_fast.settings.older_names import older_name
 
 from ..sft_config import SFTConfig
 from .config import DistillationConfig
+from .generation_sizes import check_prompt_room, check_sync_frequency, set_generation_batch_size
 
 logger = logging.getLogger(__name__)
 
@@ -143,14 +144,10 @@ class GOLDConfig(DistillationConfig, SFTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "uld_token_merge_strategy")
-        self._check_lengths()
-        self._set_generation_batch_size()
+        check_prompt_room(self)
+        set_generation_batch_size(self)
         self._check_tokenizers()
-        if self.vllm_sync_frequency != 1:
-            raise ValueError(
-                f"vllm_sync_frequency={self.vllm_sync_frequency}: completions are sampled with the weights of their "
-                "step, whatever samples them; leave it at 1"
-            )
+        check_sync_frequency(self)
 
     def _check_tokenizers(self) -> None:
         """Checks that what is asked for goes with different tokenizers, or with one."""
@@ -172,24 +169,6 @@ class GOLDConfig(DistillationConfig, SFTConfig):
             raise ValueError(
                 "seq_kd=True with use_uld_loss=True: the teacher would sample tokens that are not the student's; set "
                 "seq_kd=False, and give its completions in the dataset"
-            )
-
-    def _check_lengths(self) -> None:
-        if self.prompt_limit is not None and self.prompt_limit < 1:
-            raise ValueError(
-                f"max_completion_length={self.max_completion_length} with max_length={self.max_length} leaves no "
-                "token for a prompt; raise max_length, or set max_completion_length lower"
-            )
-
-    def _set_generation_batch_size(self) -> None:
-        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        if self.generation_batch_size is None and rows % self.num_generations == 0:
-            self.generation_batch_size = rows // self.num_generations
-        if (self.generation_batch_size or 0) * self.num_generations != rows:
-            raise ValueError(
-                f"generation_batch_size={self.generation_batch_size} prompts with num_generations="
-                f"{self.num_generations} are not the {rows} completions that a process learns in a step "
-                "(per_device_train_batch_size * gradient_accumulation_steps); leave generation_batch_size out"
             )
 
     @property

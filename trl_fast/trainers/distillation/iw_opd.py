@@ -219,17 +219,11 @@ class IWOPDTrainer(DistillationTrainer):
 
     def _record_kind(self, lengths: torch.Tensor, loss: torch.Tensor, *, is_own: bool) -> None:
         kind, steps = "on_policy" if is_own else "off_policy", self.args.gradient_accumulation_steps
-        everyone = self.accelerator.gather(lengths.to(self.accelerator.device))
-        found = {"mean": everyone.mean(), "max": everyone.max(), "min": everyone.min()}
-        values = {f"completions/{kind}_{name}_length": value.item() for name, value in found.items()}
+        self.recorder.record_statistics(f"completions/{kind}_{{}}_length", lengths, ("mean", "max", "min"))
         if is_own:
-            values["completions/truncated_fraction"] = (
-                (everyone >= self.args.max_completion_length).float().mean().item()
-            )
-        self.recorder.record_values(values)
-        self.record(
-            {f"{kind}_loss": Metric(loss.detach().float() * steps, torch.ones_like(loss, dtype=torch.float32))}
-        )
+            is_cut = (lengths >= self.args.max_completion_length).float()
+            self.recorder.record_statistics("completions/truncated_fraction", is_cut, ("mean",))
+        self.record({f"{kind}_loss": Metric.over(loss.detach().float() * steps, 1)})
 
     @property
     def shows_completions(self) -> bool:

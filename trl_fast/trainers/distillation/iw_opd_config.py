@@ -9,6 +9,7 @@ from typing import ClassVar
 from trl_fast.losses.iw_opd import IWOPDLossConfig
 from trl_fast.settings.choices import check_choice, one_of
 
+from .generation_sizes import check_prompt_room, check_sync_frequency, set_generation_batch_size
 from .served_teacher import SAMPLED, URL_SETTING, ServedTeacherConfig
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,11 @@ class IWOPDConfig(ServedTeacherConfig):
         return self.use_teacher_server
 
     @property
+    def given_prompt_limit(self) -> int | None:
+        """Returns max_prompt_length: it holds for every prompt."""
+        return self.max_prompt_length
+
+    @property
     def loss(self) -> IWOPDLossConfig:
         """Returns the settings of the policy gradient."""
         return IWOPDLossConfig(self.iw_opd_gamma, self.iw_opd_epsilon)
@@ -86,36 +92,11 @@ class IWOPDConfig(ServedTeacherConfig):
             )
         if self.teacher_model_server_url is not None and not self.use_teacher_server:
             logger.warning(f"{URL_SETTING} has no effect without use_teacher_server=True.")
-        if self.vllm_sync_frequency != 1:
-            raise ValueError(
-                f"vllm_sync_frequency={self.vllm_sync_frequency}: completions are sampled with the weights of their "
-                "step, whatever samples them; leave it at 1"
-            )
-        self._set_lengths()
-        self._set_generation_batch_size()
-
-    def _set_lengths(self) -> None:
-        if self.max_length is None:
-            return
-        left = self.max_length - (self.max_completion_length or 0)
-        if left < 1:
-            raise ValueError(
-                f"max_completion_length={self.max_completion_length} with max_length={self.max_length} leaves no "
-                "token for a prompt; raise max_length, or set max_completion_length lower"
-            )
-        if self.max_prompt_length is None:
-            self.max_prompt_length = left
-
-    def _set_generation_batch_size(self) -> None:
-        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        if self.generation_batch_size is None and rows % self.num_generations == 0:
-            self.generation_batch_size = rows // self.num_generations
-        if (self.generation_batch_size or 0) * self.num_generations != rows:
-            raise ValueError(
-                f"generation_batch_size={self.generation_batch_size} prompts with num_generations="
-                f"{self.num_generations} are not the {rows} completions that a process learns in a step "
-                "(per_device_train_batch_size * gradient_accumulation_steps); leave generation_batch_size out"
-            )
+        check_sync_frequency(self)
+        check_prompt_room(self)
+        if self.max_length is not None and self.max_prompt_length is None:
+            self.max_prompt_length = self.max_length - (self.max_completion_length or 0)
+        set_generation_batch_size(self)
 
     def check_values(self) -> None:
         """Checks the arguments that may be changed later, as the base does, and what is compared.

@@ -57,5 +57,5 @@ class ServerMixture(Mixture):
         if server is None:  # the teacher is here
             return samples
         pairs = zip(samples.prompt_ids, samples.completion_ids, strict=True)
-        samples.taught = [server.ask(*pair, args.loss_top_k, args.temperature) for pair in pairs]
+        samples.taught = server.ask(pairs, args.loss_top_k, args.temperature)
         return samples

@@ -224,8 +224,9 @@ class DistillationTrainer(OnlineTrainer):
         }
         dataset = split_conversations(dataset, num_proc=args.dataset_num_proc, name=name)
         if COMPLETION_IDS in self.token_columns:
+            limits = {"max_length": args.max_length, "max_prompt_length": args.given_prompt_limit}
             return prepare_given_completions(
-                dataset, processing_class, max_length=args.max_length, tokenize=self.tokenize_row, **options
+                dataset, processing_class, tokenize=self.tokenize_row, **limits, **options
             )
         return prepare_prompt_dataset(dataset, processing_class, **options)
 

@@ -42,13 +42,16 @@ class MetricRecorder:
             found.append((name, extreme.masked_fill(unknown.all(), torch.nan)))
         self._record_scalars(found)
 
-    def record_sampling(self, name: str, values: torch.Tensor, statistics: tuple[str, ...]) -> None:
-        """Records statistics ("min", "mean", "max") of values (M,) float32 of all processes; 0 of nothing."""
+    def record_statistics(self, name: str, values: torch.Tensor, statistics: tuple[str, ...]) -> None:
+        """Records statistics ("min", "mean", "max") of values (M,) float32 of all processes; 0 of nothing.
+
+        name: with {} where the statistic's name stands.
+        """
         values = values if len(values) else torch.zeros(1)
         found = []
         for statistic in statistics:
             every = self._accelerator.gather(copy_to_device(getattr(values, statistic)(), self._accelerator.device))
-            found.append((f"sampling/{name}/{statistic}", getattr(every, statistic)()))
+            found.append((name.format(statistic), getattr(every, statistic)()))
         self._record_scalars(found)
 
     def _record_scalars(self, values: Iterable[tuple[str, torch.Tensor]]) -> None:
