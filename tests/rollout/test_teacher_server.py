@@ -74,6 +74,18 @@ ANSWERS = {
         *(RuntimeError, "expected a log-prob of the completion's token 9"),
     ),
     "no rank": ([None, *([{"8": {"logprob": -1.0}}] * 4)], RuntimeError, "expected a rank and a log-prob for each"),
+    "own token alone": (
+        [None, *([{"8": RARE, "9": RARE}] * 4)],
+        *(RuntimeError, "expected a log-prob of the completion's token 8, and of the likeliest one"),
+    ),
+    "logits": (
+        [None, *([{"8": {"logprob": 3.5, "rank": 1}, "9": LIKELY}] * 4)],
+        *(RuntimeError, "expected log-probs, which are not above 0; serve without --logprobs-mode"),
+    ),
+    "no token's number": (
+        [None, *([{"-8": LIKELY, "9": RARE}] * 4)],
+        *(RuntimeError, "answered token -8; expected one of the student's 300"),
+    ),
     "another tokenizer": (
         [None, *([{"8": LIKELY, "9": RARE, "500": RARE}] * 4)],
         *(RuntimeError, "answered token 500; expected one of the student's 300: serve a teacher with its tokenizer"),

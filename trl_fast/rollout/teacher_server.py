@@ -23,6 +23,8 @@ from .vllm_server import REQUESTS_AT_ONCE, VLLMServer
 
 # Seconds after which a request counts as lost: no tokens are sampled, so it takes as long as it waits for others.
 _REQUEST_SECONDS = 600.0
+# The largest log-probability that rounding gives.
+_MOST = 1e-2
 _GO_ON = "start it again, and go on with train(resume_from_checkpoint=True)"
 
 
@@ -112,12 +114,15 @@ class TeacherServer:
         except (KeyError, TypeError, ValueError) as error:
             raise self._refused(shown(found), "a rank and a log-prob for each token") from error
         known = {token: logprob for _, token, logprob in listed}
-        if not math.isfinite(known.get(own, -math.inf)) or (count and not math.isfinite(listed[0][2])):
+        has_likeliest = not count or (listed and listed[0][0] == 1 and math.isfinite(listed[0][2]))
+        if not math.isfinite(known.get(own, -math.inf)) or not has_likeliest:
             raise self._refused(shown(found), f"a log-prob of the completion's token {own}, and of the likeliest one")
-        largest = max(known)
-        if largest >= self._vocab_size:
+        if max(known.values()) > _MOST:
+            raise self._refused(shown(found), "log-probs, which are not above 0; serve without --logprobs-mode")
+        outside = next((token for token in known if not 0 <= token < self._vocab_size), None)
+        if outside is not None:
             raise self._refused(
-                f"token {largest}", f"one of the student's {self._vocab_size}: serve a teacher with its tokenizer"
+                f"token {outside}", f"one of the student's {self._vocab_size}: serve a teacher with its tokenizer"
             )
         missing, chosen = max(count - len(listed), 0), listed[:count]
         ids = [token for _, token, _ in chosen] + [own] * missing

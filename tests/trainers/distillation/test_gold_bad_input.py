@@ -34,6 +34,7 @@ ULD = {"use_uld_loss": True}
         ({"uld_student_temperature": 0.0}, "uld_student_temperature: expected a finite number > 0"),
         ({**ULD, "divergence": "tvd"}, "divergence='tvd' compares predictions over one vocabulary"),
         ({**ULD, "teacher_top_k": 4}, "teacher_top_k=4 compares predictions over one vocabulary"),
+        ({**ULD, "uld_distillation_weight": 0.0}, "uld_distillation_weight=0 .* nothing would be learned"),
         ({**ULD, "seq_kd": True}, "seq_kd=True with use_uld_loss=True: the teacher would sample"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -128,6 +129,33 @@ def test_a_first_token_that_is_written_already_is_not_read_twice(make, tokenizer
     prompt = tokenizer("<s>Hi", add_special_tokens=False)["input_ids"]
     told = trainer.spans.interpreter.tell(prompt, prompt)
     assert trainer.teacher_tokenizer.decode(told.teacher_prompt_ids) == "<s>Hi"
+
+
+def test_steps_before_a_row_that_is_too_long_for_the_teacher_are_saved(make, tmp_path):
+    """Which rows are, is known when their completions are; other processes fail with the one that has it."""
+    rows = Dataset.from_list([{"prompt": "Hi", "completion": "is " * count} for count in (10, 60)])
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "shuffle_dataset": False, **ULD}
+    trainer = make(train_dataset=rows, **settings)
+    trainer.spans.interpreter._positions = (None, 50)
+    with pytest.raises(ValueError, match="and it has 50 positions"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-1").is_dir()
+
+
+@pytest.mark.parametrize("positions", [(4, None), (None, 5)], ids=["student", "teacher"])
+def test_the_place_behind_the_last_token_needs_a_position(positions, make, tokenizer):
+    """The teacher's row begins with a token of its own."""
+    compared = {"uld_skip_student_eos": False, "uld_skip_teacher_eos": False}
+    for settings, refused in (({}, True), ({"uld_token_merge_strategy": "bayesian"}, False)):
+        trainer = make(use_uld_loss=True, **compared, **settings)
+        interpreter = trainer.spans.interpreter
+        interpreter._positions = positions
+        row = tokenizer("a", add_special_tokens=False)["input_ids"] * 2, [*tokenizer("a")["input_ids"], 1]
+        if refused:
+            with pytest.raises(ValueError, match="model: a row has . tokens .* it has . positions"):
+                interpreter.tell(*row)
+        else:
+            interpreter.tell(*row)
 
 
 @pytest.mark.slow

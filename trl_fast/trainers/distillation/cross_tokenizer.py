@@ -51,7 +51,7 @@ class Interpreter:
         student, teacher: the tokenizers.
         args: the trainer's, with how spans are found and what is left out at the end.
         end_ids: tokens that end the student's completions.
-        positions: the longest row of the teacher in tokens; None: there is no limit.
+        positions: the longest row of the student and of the teacher in tokens; None: there is no limit.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Interpreter:
         teacher: PreTrainedTokenizerBase,
         args: GOLDConfig,
         end_ids: Collection[int],
-        positions: int | None,
+        positions: tuple[int | None, int | None],
     ) -> None:
         self._student, self._teacher, self._args = student, teacher, args
         self._end_ids, self._positions = {*end_ids, student.eos_token_id}, positions
@@ -71,7 +71,7 @@ class Interpreter:
         The end token of both is none of the text: it stands for the same, whatever its name is.
 
         Raises:
-            ValueError: the teacher's tokenizer makes nothing of the prompt, or more tokens than it has positions.
+            ValueError: the teacher's tokenizer makes nothing of the prompt, or a model has too few positions.
         """
         ends = completion_ids[-1] in self._end_ids
         text, own_ends = self._read(completion_ids[:-1] if ends else completion_ids)
@@ -89,13 +89,17 @@ class Interpreter:
         prompt = self._prompt(prompt_ids)
         # A row of the teacher has a token to end with, whatever is compared.
         told = Told(student, Completion(ids or prompt[-1:], len(ids) - skipped, other_ends), prompt)
-        length = len(prompt) + len(told.teacher.ids)
-        if self._positions is not None and length > self._positions:
+        self._check_length("model", len(prompt_ids), told.student, self._positions[0])
+        self._check_length("teacher_model", len(prompt), told.teacher, self._positions[1])
+        return told
+
+    def _check_length(self, name: str, prompt: int, completion: Completion, positions: int | None) -> None:
+        length = prompt + len(completion.ids) + _further(self._args, completion)
+        if positions is not None and length > positions:
             raise ValueError(
-                f"teacher_model: a row has {length} tokens for its tokenizer, and it has {self._positions} positions; "
+                f"{name}: a row has {length} tokens for its tokenizer, and it has {positions} positions; "
                 "set max_length or max_completion_length lower"
             )
-        return told
 
     def _read(self, ids: list[int]) -> tuple[str, list[int]]:
         if self._args.use_extended_uld:
@@ -175,13 +179,20 @@ class SpanUpdateMaker:
         """Lays one model's rows out: those that predict a completion's tokens, and one more where that is compared."""
         after = self.args.uld_token_merge_strategy == OBSERVED
         ids = [list(one.ids) for one in completions]
-        # A row behind the last token exists where a token follows it, whichever; only its own row tells of it.
-        further = int(after and any(one.compared == len(one.ids) for one in completions))
+        further = max((_further(self.args, one) for one in completions), default=0)
         batch = maker.token_batch(Samples.of(prompts, [own + own[-1:] * further for own in ids]))
         lengths = [len(own) + further for own in ids]
         rows = span_rows(ids, groups, lengths=lengths, after=after).to(maker.device)
         is_own = torch.cat([torch.arange(length) < length - further for length in lengths])
         return _Side(batch, rows, copy_to_device(is_own.nonzero().squeeze(1), maker.device))
+
+
+def _further(args: GOLDConfig, completion: Completion) -> int:
+    """Returns how many tokens more a model reads: one where the row behind the last token is compared.
+
+    That row exists where a token follows, whichever; only its own row tells of it.
+    """
+    return int(args.uld_token_merge_strategy == OBSERVED and completion.compared == len(completion.ids))
 
 
 class _Side(NamedTuple):

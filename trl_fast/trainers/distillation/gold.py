@@ -82,11 +82,13 @@ class GOLDTrainer(GKDTrainer):
         if other is None:
             return
         teacher: Any = base_model(self.accelerator.unwrap_model(self.teacher_model))
-        positions = getattr(teacher.config.get_text_config(), "max_position_embeddings", None)
+        positions = [
+            getattr(one.config.get_text_config(), "max_position_embeddings", None) for one in (model, teacher)
+        ]
         padding = other.eos_token_id if other.pad_token_id is None else other.pad_token_id
         sizes = self.head_sizes
         self.spans = SpanUpdateMaker(
-            Interpreter(self.tokenizer, other, args, self.end_ids, positions),
+            Interpreter(self.tokenizer, other, args, self.end_ids, (positions[0], positions[1])),
             self.updates,
             replace(self.updates, pad_token_id=padding or 0),
             distance_of(self.tokenizer, other, (sizes[0], sizes[1]), args, self.accelerator.device),
@@ -103,7 +105,9 @@ class GOLDTrainer(GKDTrainer):
         if self.teacher_tokenizer is None:
             return super()._update(samples, tokens)
         of_step = self.args.per_device_train_batch_size * self.args.steps_per_generation
-        return self.spans.update(samples, of_step if self.model.training else len(samples), tokens)
+        # A row may be too long in the teacher's tokens, in one process only.
+        with self.rescue.guard():
+            return self.spans.update(samples, of_step if self.model.training else len(samples), tokens)
 
     def _compute_loss(self, model: torch.nn.Module, inputs: Any) -> torch.Tensor:
         """Computes the loss of one micro-batch, and records it by who made its completions too."""

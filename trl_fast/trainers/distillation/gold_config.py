@@ -165,6 +165,10 @@ class GOLDConfig(DistillationConfig, SFTConfig):
             raise ValueError(f"divergence={self.divergence!r} {one_vocabulary}")
         if self.teacher_top_k is not None:
             raise ValueError(f"teacher_top_k={self.teacher_top_k} {one_vocabulary}")
+        if not self.uld_distillation_weight and not self.uld_crossentropy_weight:
+            raise ValueError(
+                "uld_distillation_weight=0 with uld_crossentropy_weight=0: nothing would be learned; set one above 0"
+            )
         if self.seq_kd:
             raise ValueError(
                 "seq_kd=True with use_uld_loss=True: the teacher would sample tokens that are not the student's; set "
