@@ -83,7 +83,7 @@ ANSWERS = {
         *(RuntimeError, "expected log-probs, which are not above 0; serve without --logprobs-mode"),
     ),
     "no token's number": (
-        [None, *([{"-8": LIKELY, "9": RARE}] * 4)],
+        [None, *([{"-8": RARE, "8": LIKELY, "9": RARE}] * 4)],
         *(RuntimeError, "answered token -8; expected one of the student's 300"),
     ),
     "another tokenizer": (

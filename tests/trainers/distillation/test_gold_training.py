@@ -134,8 +134,8 @@ def test_a_first_token_that_is_written_already_is_not_read_twice(make, tokenizer
 def test_steps_before_a_row_that_is_too_long_for_the_teacher_are_saved(make, tmp_path):
     """Which rows are, is known when their completions are; other processes fail with the one that has it."""
     rows = Dataset.from_list([{"prompt": "Hi", "completion": "is " * count} for count in (10, 60)])
-    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "shuffle_dataset": False, **ULD}
-    trainer = make(train_dataset=rows, **settings)
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "shuffle_dataset": False}
+    trainer = make(train_dataset=rows, save_strategy="steps", save_steps=100, **settings, **ULD)
     trainer.spans.interpreter._positions = (None, 50)
     with pytest.raises(ValueError, match="and it has 50 positions"):
         trainer.train()
