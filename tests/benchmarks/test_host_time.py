@@ -29,6 +29,7 @@ def function_of_the_family():
 
 
 def check_contenders(layer):
+    torch.manual_seed(0)
     given = [torch.randn(shape, requires_grad=True) for shape in layer.shapes]
 
     def results(run):
@@ -36,7 +37,9 @@ def check_contenders(layer):
         outs = [made] if isinstance(made, torch.Tensor) else [*made]
         return *outs, *torch.autograd.grad(outs, given, [torch.full_like(out, 0.5) for out in outs])
 
-    torch.testing.assert_close(results(layer.fused), results(layer.plain))
+    for fused, plain in zip(results(layer.fused), results(layer.plain), strict=True):
+        # A sum is rounded as its terms are large; the products may be others' than PyTorch's.
+        torch.testing.assert_close(fused, plain, rtol=1.3e-6, atol=1e-6 * max(1.0, plain.abs().max().item()))
     assert measure(layer, calls=1, rounds=1).keys() == CONTENDERS.keys()
 
 

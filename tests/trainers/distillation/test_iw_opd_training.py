@@ -165,7 +165,7 @@ def test_arguments_that_are_not_used_are_said(make, teacher_path, tmp_path, mode
 def test_what_may_be_changed_in_training(make):
     trainer = make()
     trainer.iw_opd_gamma = 2.0
-    assert trainer.args.loss.gamma == 2.0 and trainer.teacher_model is trainer.ref_model
+    assert trainer.args.iw_opd_gamma == 2.0 and trainer.teacher_model is trainer.ref_model
     with pytest.raises(ValueError, match="iw_opd_epsilon: expected"):
         trainer.iw_opd_epsilon = 0.0
     assert torch.is_tensor(next(trainer.teacher_model.parameters()))

@@ -14,6 +14,7 @@ from trl_fast.data import AnyDataset
 from trl_fast.data.device_transfer import copy_to_device
 from trl_fast.data.prompt_completion import COMPLETION_IDS, prompts_of_conversations
 from trl_fast.data.prompt_only import prepare_prompt_dataset
+from trl_fast.losses.iw_opd import IWOPDLossConfig
 from trl_fast.losses.mean_metric import Metric
 from trl_fast.modeling.distillation import DivergenceSettings
 from trl_fast.rollout import RolloutEngine
@@ -186,7 +187,8 @@ class IWOPDTrainer(DistillationTrainer):
         args, keywords = self.args, self.step_options
         if isinstance(inputs, IWOPDUpdate):
             told = self._teacher_logprobs(inputs) if inputs.teacher_logprobs is None else inputs.teacher_logprobs
-            result = iw_opd_step(model, inputs, told, args.loss, temperature=args.temperature, **keywords)
+            config = IWOPDLossConfig(args.iw_opd_gamma, args.iw_opd_epsilon)
+            result = iw_opd_step(model, inputs, told, config, temperature=args.temperature, **keywords)
         elif self._compares_sampled_token(inputs):
             told = self._teacher_logprobs(inputs)
             sampled = ServerUpdate(inputs.batch, inputs.weights, inputs.batch.targets[:, None], told[:, None])

@@ -6,10 +6,9 @@ import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
-from trl_fast.losses.iw_opd import IWOPDLossConfig
 from trl_fast.settings.choices import check_choice, one_of
+from trl_fast.settings.generation_sizes import check_prompt_room, check_sync_frequency, set_generation_batch_size
 
-from .generation_sizes import check_prompt_room, check_sync_frequency, set_generation_batch_size
 from .served_teacher import SAMPLED, URL_SETTING, ServedTeacherConfig
 
 logger = logging.getLogger(__name__)
@@ -78,11 +77,6 @@ class IWOPDConfig(ServedTeacherConfig):
     def given_prompt_limit(self) -> int | None:
         """Returns max_prompt_length: it holds for every prompt."""
         return self.max_prompt_length
-
-    @property
-    def loss(self) -> IWOPDLossConfig:
-        """Returns the settings of the policy gradient."""
-        return IWOPDLossConfig(self.iw_opd_gamma, self.iw_opd_epsilon)
 
     def __post_init__(self) -> None:
         super().__post_init__()
