@@ -6,11 +6,10 @@ import logging
 from dataclasses import dataclass
 
 from trl_fast.settings.choices import check_choice, one_of
-from trl_fast.settings.generation_sizes import check_prompt_room, check_sync_frequency, set_generation_batch_size
 from trl_fast.settings.older_names import older_name
 
 from ..sft_config import SFTConfig
-from .config import DistillationConfig
+from .config import DistillationConfig, check_prompt_room, check_sync_frequency, set_generation_batch_size
 
 logger = logging.getLogger(__name__)
 

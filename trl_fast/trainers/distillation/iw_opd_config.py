@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from trl_fast.settings.choices import check_choice, one_of
-from trl_fast.settings.generation_sizes import check_prompt_room, check_sync_frequency, set_generation_batch_size
 
+from .config import check_prompt_room, check_sync_frequency, set_generation_batch_size
 from .served_teacher import SAMPLED, URL_SETTING, ServedTeacherConfig
 
 logger = logging.getLogger(__name__)
