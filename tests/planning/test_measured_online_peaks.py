@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import trl_fast
 from benchmarks.memory import measure_peak
 from support.models import tiny_config
+from support.simulated_device import multiply_as_plans_do
 from support.tokenizer import build_tokenizer
 from trl_fast.ops.backends import load_extension
 from trl_fast.planning.memory_timeline import (
@@ -36,6 +37,11 @@ TRAINERS = {
     "ppo": (trl_fast.PPOTrainer, trl_fast.PPOConfig),
     "distillation": (trl_fast.DistillationTrainer, trl_fast.DistillationConfig),
 }
+
+
+@pytest.fixture(autouse=True)
+def _library_s_products(monkeypatch):
+    multiply_as_plans_do(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from trl.trainer import utils as trl_utils
 
 import trl_fast
 from support.models import tiny_config
-from support.simulated_device import set_bf16_products
+from support.simulated_device import multiply_as_plans_do, set_bf16_products
 from support.step_peaks import peak_of_a_step, simulated_peak
 from support.tokenizer import build_tokenizer
 from trl_fast.ops.backends import load_extension
@@ -79,6 +79,11 @@ def measured_peak(setup, length, folder):
     """Bytes of tensors at the peak of the second step, beyond those that live before it."""
     trainer = make_trainer(setup, length, folder)
     return peak_of_a_step(trainer, next(iter(trainer.get_train_dataloader())), setup)
+
+
+@pytest.fixture(autouse=True)
+def _library_s_products(monkeypatch):
+    multiply_as_plans_do(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -56,3 +56,12 @@ def set_bf16_products(monkeypatch, fast: bool) -> None:
     """Lets this CPU count, for a test, as one that has fast products of bfloat16 numbers or has not."""
     cpu = torch.device("cpu")
     monkeypatch.setitem(device.simulated.facts, "cpu", replace(device_facts(cpu), multiplies_bf16=fast))
+
+
+def multiply_as_plans_do(monkeypatch) -> None:
+    """Lets this CPU multiply by ATen's library, for a test: a plan knows nothing of products of ours.
+
+    Those need no float32 copies of 16-bit factors, so that a real step may take less than its plan.
+    """
+    cpu = torch.device("cpu")
+    monkeypatch.setitem(device.simulated.facts, "cpu", replace(device_facts(cpu), own_products=False))
